@@ -1,0 +1,37 @@
+# Every target sets itself up from nothing: a clone and one command are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check protos bench clean
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/moe-coordinator local --peers 3 --trainers 1 --kill-peer-at-step 150 --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pyright
+	$(BIN)/python protos/generate.py --check
+
+protos: $(STAMP)
+	$(BIN)/python protos/generate.py
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/wire.py
+	$(BIN)/python benchmarks/discovery.py
+	$(BIN)/python benchmarks/vs_hivemind.py
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""First contact for a run, and a whole swarm as local processes."""

@@ -1,0 +1,1 @@
+"""Train sparse mixture-of-experts language models on other people's computers."""

@@ -1,0 +1,89 @@
+"""Configuration from TOML and JSON into typed dataclasses, and the manifest that all members of a run share."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from moe_net.model.config import ModelConfig
+from moe_net.optim import OptimizerConfig
+from moe_net.types import Encoding
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """The manifest of a run: what every peer and every trainer must agree on."""
+
+    name: str = "demo"
+    """The run's name; records and manifests of other runs are ignored."""
+    seed: int = 0
+    """Seeds expert initialisation, the trunk and the order of the data."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Of the trunk and of every expert."""
+    global_batch_tokens: int = 2048
+    """Committed tokens after which every expert makes a step; the sum over all trainers of one step's tokens."""
+    wire: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
+    """Encoding of activations and gradients between trainers and peers."""
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    """Bytes, or a BPE trained on the corpus (its size is `model.vocab_size`)."""
+    record_ttl_s: float = 30.0
+    """Life of a peer's record in the DHT; peers refresh it after a third of that."""
+
+    def __post_init__(self) -> None:
+        if self.global_batch_tokens < 1:
+            raise ValueError("global_batch_tokens must be at least 1")
+
+    @property
+    def wire_encoding(self) -> Encoding:
+        return Encoding.parse(self.wire)
+
+
+def _unexpected(kind: type[Any], values: dict[str, Any], prefix: str) -> Iterator[str]:
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints or name not in {f.name for f in dataclasses.fields(kind)}:
+            yield f"{prefix}{name}: unexpected keyword"
+        elif dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
+            yield from _unexpected(hints[name], value, f"{prefix}{name}.")
+
+
+def from_dict(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """`values` as a `kind` (a dataclass); ValueError lists every wrong key as `serve.prot: unexpected keyword`."""
+    mistakes = list(_unexpected(kind, values, ""))
+    if not mistakes:
+        try:
+            return TypeAdapter(kind).validate_python(values)
+        except ValidationError as error:
+            for item in error.errors():
+                place = ".".join(str(part) for part in item["loc"]) or kind.__name__
+                mistakes.append(f"{place}: {item['msg']}")
+    raise ValueError("; ".join(mistakes))
+
+
+def load_toml(kind: type[ConfigT], path: Path) -> ConfigT:
+    """The TOML file at `path` as a `kind`; ValueError names the file and each wrong key."""
+    try:
+        return from_dict(kind, tomllib.loads(path.read_text()))
+    except (tomllib.TOMLDecodeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def to_json(config: object) -> str:
+    """A dataclass as JSON, keys in the order of its fields."""
+    return TypeAdapter(type(config)).dump_json(config).decode()
+
+
+def from_json(kind: type[ConfigT], text: str) -> ConfigT:
+    """The inverse of `to_json`, with the checks of `from_dict`."""
+    values = TypeAdapter(dict[str, Any]).validate_json(text)
+    return from_dict(kind, values)

@@ -1,0 +1,1 @@
+"""Text as batches of tokens, addressed by number: deterministic, resumable, disjoint."""

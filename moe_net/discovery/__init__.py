@@ -1,0 +1,1 @@
+"""Who is there: signed, expiring peer records behind the Discovery protocol."""

@@ -1,0 +1,35 @@
+"""One exception tree. A user's mistake is a ValueError; these are what the swarm does to us."""
+
+from __future__ import annotations
+
+
+class MoeNetError(Exception):
+    """Base of every error of this library."""
+
+
+class WireError(MoeNetError):
+    """Bytes that are not a valid message; the text says which field and why (INVALID_ARGUMENT)."""
+
+
+class LimitError(WireError):
+    """A message that claims more than the limits allow; found before memory is spent (RESOURCE_EXHAUSTED)."""
+
+
+class RecordError(MoeNetError):
+    """A discovery record that is malformed, forged, of another run, or expired."""
+
+
+class NoLiveExpertsError(MoeNetError):
+    """Fewer live experts in a layer than a token needs: training cannot go on."""
+
+
+class TooManyDropsError(MoeNetError):
+    """The dropped fraction over the window passed the configured maximum."""
+
+
+class JoinError(MoeNetError):
+    """No address of the run answered."""
+
+
+class CheckpointError(MoeNetError):
+    """A checkpoint that is incomplete, of another run, or damaged."""

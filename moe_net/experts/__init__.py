@@ -1,0 +1,1 @@
+"""The experts of one peer: weights, gradients, optimizer, snapshots."""

@@ -1,0 +1,1 @@
+"""Expert arithmetic: the reference loop and faster backends that agree with it."""

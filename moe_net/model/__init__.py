@@ -1,0 +1,1 @@
+"""The model a trainer runs: Qwen3-MoE trunk, router, remote experts."""

@@ -1,0 +1,1 @@
+"""Which replica gets which rows. Pure functions over immutable views."""

@@ -1,0 +1,1 @@
+"""Calls to experts, remote or in this process, behind the ExpertTransport protocol."""

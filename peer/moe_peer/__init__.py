@@ -1,0 +1,1 @@
+"""The peer daemon (moe-peer serve) and the trainer (moe-peer train)."""

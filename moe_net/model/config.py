@@ -89,9 +89,7 @@ class ModelConfig:
 
     @property
     def expert_shape(self) -> ExpertShape:
-        return ExpertShape(
-            d_model=self.d_model, d_ff=self.d_ff_expert, activation=Activation(self.activation)
-        )
+        return ExpertShape(d_model=self.d_model, d_ff=self.d_ff_expert, activation=Activation(self.activation))
 
     @property
     def expert_ids(self) -> tuple[ExpertId, ...]:
@@ -153,9 +151,7 @@ PRESETS: dict[str, ModelConfig] = {
         d_ff_expert=3072,
         activation="gelu",
         moe_every=2,
-        router=RouterConfig(
-            experts_per_token=2, balance_loss=0.01, capacity_factor=2.0, eval_capacity_factor=2.0
-        ),
+        router=RouterConfig(experts_per_token=2, balance_loss=0.01, capacity_factor=2.0, eval_capacity_factor=2.0),
     ),
     # ST-MoE, section 4 and appendix: top-2, z-loss 1e-3, capacity 1.25 in training and 2.0 in evaluation,
     # experts in every fourth block.

@@ -33,3 +33,23 @@ class JoinError(MoeNetError):
 
 class CheckpointError(MoeNetError):
     """A checkpoint that is incomplete, of another run, or damaged."""
+
+
+class ExpertCallError(MoeNetError):
+    """Base of what an expert host answers instead of doing a call."""
+
+
+class UnknownExpertError(ExpertCallError):
+    """The call names a layer or experts that are not hosted here (NOT_FOUND)."""
+
+
+class InputsGoneError(ExpertCallError):
+    """Backward of a call whose inputs are not (or no longer) here: send them along (FAILED_PRECONDITION)."""
+
+
+class StaleStepError(ExpertCallError):
+    """Gradients or a commit of a step this trainer has already committed and moved on from (ABORTED)."""
+
+
+class BusyError(ExpertCallError):
+    """The queue is full; the text says how much waits (RESOURCE_EXHAUSTED)."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import NamedTuple
 
 
-class ExpertId(NamedTuple):
+@dataclass(frozen=True, slots=True, order=True)
+class ExpertId:
     """One FFN of one MoE layer; written `layer.index`, as in `3.17`."""
 
     layer: int

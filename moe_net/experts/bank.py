@@ -1,0 +1,203 @@
+"""The experts of one layer that this peer hosts: weights, gradients and optimizer, stacked.
+
+R rows, K experts per row, E experts of the bank (a "slot" is a position among them), D model width, F expert width,
+H columns of the first projection (2F for SwiGLU: gate then up; F for GELU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_net.errors import CheckpointError
+from moe_net.experts.init import init_expert
+from moe_net.experts.update import StackedAdamW
+from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
+from moe_net.kernels.types import ExpertWeights, Saved
+from moe_net.optim import OptimizerConfig
+from moe_net.types import ExpertId, ExpertShape
+
+STATE_FIELDS = ("w_in", "w_out", "m_in", "m_out", "v_in", "v_out", "version")
+
+
+def memory_bytes(n_experts: int, shape: ExpertShape) -> int:
+    """What a bank keeps for `n_experts`: weights, gradient sums and two moments, 16 bytes a parameter.
+
+    Kept inputs and scratch of the calls in flight come on top.
+    """
+    return n_experts * shape.d_model * (shape.d_hidden + shape.d_ff) * 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BankSaved:
+    """What a forward keeps for its backward, and the state of the weights that it belongs to."""
+
+    kernel: Saved | None
+    generation: int
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.kernel is None else self.kernel.nbytes
+
+
+class ExpertBank:
+    """Experts of one layer. Used by one thread; the same calls in the same order give the same bits on a CPU."""
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        indices: Sequence[int],
+        shape: ExpertShape,
+        optimizer: OptimizerConfig,
+        global_batch_tokens: int,
+        run: str,
+        seed: int,
+        init_std: float,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Fresh experts `indices` of `layer` (see `experts.init`). ValueError if indices are none, repeated or < 0."""
+        self.indices = tuple(sorted(indices))
+        if not self.indices or self.indices[0] < 0 or len(set(self.indices)) < len(self.indices):
+            raise ValueError(f"indices of layer {layer} must be distinct, not negative and at least one: {indices}")
+        if global_batch_tokens < 1:
+            raise ValueError(f"global_batch_tokens must be at least 1, not {global_batch_tokens}")
+        self.layer = layer
+        self.shape = shape
+        self.global_batch_tokens = global_batch_tokens
+        self.committed_tokens = 0
+        """Towards the next step."""
+        self._slot_of = {index: slot for slot, index in enumerate(self.indices)}
+        self._slot_by_index = torch.full((self.indices[-1] + 2,), -1, dtype=torch.int64)
+        self._slot_by_index[list(self.indices)] = torch.arange(len(self.indices))
+        w_in_EDH = torch.empty(len(self.indices), shape.d_model, shape.d_hidden, device=device)
+        w_out_EFD = torch.empty(len(self.indices), shape.d_ff, shape.d_model, device=device)
+        for slot, index in enumerate(self.indices):
+            w_in_DH, w_out_FD = init_expert(ExpertId(layer, index), shape, run=run, seed=seed, init_std=init_std)
+            w_in_EDH[slot] = w_in_DH
+            w_out_EFD[slot] = w_out_FD
+        self._weights = ExpertWeights(w_in_EDH, w_out_EFD, shape.activation)
+        self._optimizer = StackedAdamW(w_in_EDH, w_out_EFD, optimizer)
+        self._generation = 0  # of the weights: counts everything that changes them
+
+    @property
+    def device(self) -> torch.device:
+        return self._weights.w_in_EDH.device
+
+    @property
+    def versions(self) -> dict[int, int]:
+        """Expert index -> optimizer steps made."""
+        return dict(zip(self.indices, self._optimizer.versions, strict=True))
+
+    def slots(self, expert_index: Tensor) -> Tensor:
+        """int64 slots of the same shape; -1 for an index that is not hosted here."""
+        last = self._slot_by_index.numel() - 1  # no expert has it: it stands for every index out of range
+        index = expert_index.to(torch.int64)
+        return self._slot_by_index[torch.where((index < 0) | (index > last), last, index)]
+
+    def forward(
+        self, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor, *, keep: bool
+    ) -> tuple[Tensor, BankSaved | None]:
+        """Row r: sum of gate * expert(x_r) over its slots that are not -1; fp32, on x's device.
+
+        With `keep`, also what `backward` can use instead of running the first projection again.
+        """
+        x, slots, gates = (value.to(self.device) for value in (x_RD, slots_RK, gates_RK))
+        y_RD, kernel = moe_ffn_forward(x, slots, gates, self._weights, keep=keep)
+        return y_RD.to(x_RD.device), BankSaved(kernel, self._generation) if keep else None
+
+    def backward(
+        self,
+        dy_RD: Tensor,
+        x_RD: Tensor,
+        slots_RK: Tensor,
+        gates_RK: Tensor,
+        saved: BankSaved | None,
+        *,
+        accumulate: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """(dx [R, D], dgates [R, K]) of the same forward; adds to the experts' gradient sums unless told not to.
+
+        Of a `saved` that is older than the weights nothing is used: all gradients belong to the weights of now.
+        """
+        kernel = saved.kernel if saved is not None and saved.generation == self._generation else None
+        dy, x, slots, gates = (value.to(self.device) for value in (dy_RD, x_RD, slots_RK, gates_RK))
+        weight_grads = self._optimizer.grads if accumulate else None
+        dx_RD, dgates_RK = moe_ffn_backward(dy, x, slots, gates, self._weights, kernel, weight_grads=weight_grads)
+        return dx_RD.to(x_RD.device), dgates_RK.to(gates_RK.device)
+
+    def commit(self, tokens: int) -> bool:
+        """Count `tokens` whose gradients are complete; True if that was the batch, and the experts made their step."""
+        if tokens < 0:
+            raise ValueError(f"cannot commit {tokens} tokens")
+        self.committed_tokens += tokens
+        if self.committed_tokens < self.global_batch_tokens:
+            return False
+        self._optimizer.step(self.committed_tokens)
+        self._generation += 1
+        self.committed_tokens = 0
+        return True
+
+    def _stacks(self) -> dict[str, Tensor]:
+        optimizer = self._optimizer
+        stacks = (*optimizer.w, *optimizer.m, *optimizer.v)
+        return dict(zip(STATE_FIELDS[:-1], stacks, strict=True))
+
+    def state(self, indices: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Copies on the CPU, `{layer}.{index}.{field}` for each of STATE_FIELDS; all experts unless `indices` is given.
+
+        KeyError for an index that is not hosted here. Gradients summed so far are not part of the state.
+        """
+        stacks = self._stacks()
+        state: dict[str, Tensor] = {}
+        for index in self.indices if indices is None else indices:
+            slot = self._slot_of[index]
+            for field, stack in stacks.items():
+                state[f"{self.layer}.{index}.{field}"] = stack[slot].to("cpu", copy=True)
+            state[f"{self.layer}.{index}.version"] = torch.tensor(self._optimizer.versions[slot])
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the experts in `state`, any of those hosted here; their gradient sums start again at zero.
+
+        If it holds every expert of the bank, so do the committed tokens: this is a resume. CheckpointError, before
+        anything is changed, for names, dtypes or shapes that do not fit, values that are not finite, or negative
+        second moments.
+        """
+        loaded = self._check_state(state)
+        stacks = self._stacks()
+        for index in loaded:
+            slot = self._slot_of[index]
+            for field, stack in stacks.items():
+                stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
+            self._optimizer.versions[slot] = int(state[f"{self.layer}.{index}.version"])
+            for grad in self._optimizer.grads:
+                grad[slot].zero_()
+        self._generation += 1
+        if len(loaded) == len(self.indices):
+            self.committed_tokens = 0
+
+    def _check_state(self, state: Mapping[str, Tensor]) -> list[int]:
+        """The indices of the experts in a `state` that fits."""
+        known = {f"{self.layer}.{index}.{field}" for index in self.indices for field in STATE_FIELDS}
+        if unknown := sorted(state.keys() - known):
+            raise CheckpointError(f"{unknown[0]} is no expert of this bank (layer {self.layer}, {self.indices})")
+        loaded = sorted({int(name.split(".")[1]) for name in state})
+        stacks = self._stacks()
+        for index in loaded:
+            for field in STATE_FIELDS:
+                name = f"{self.layer}.{index}.{field}"
+                if name not in state:
+                    raise CheckpointError(f"{name} is missing")
+                dtype, shape = (stacks[field].dtype, stacks[field].shape[1:]) if field in stacks else (torch.int64, ())
+                value = state[name]
+                if value.dtype != dtype or value.shape != shape:
+                    raise CheckpointError(f"{name} is {value.dtype} {list(value.shape)}, not {dtype} {list(shape)}")
+                if not bool(torch.isfinite(value).all()):
+                    raise CheckpointError(f"{name} holds values that are not finite")
+                if field in ("v_in", "v_out", "version") and bool((value < 0).any()):
+                    raise CheckpointError(f"{name} is negative")
+        return loaded

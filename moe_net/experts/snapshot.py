@@ -1,0 +1,82 @@
+"""Expert state as one safetensors file: what Fetch streams, what a checkpoint keeps. No pickle anywhere.
+
+The tensors are those of `ExpertBank.state`; the file's metadata says of which run and shape they are, and carries a
+digest, because safetensors checks the structure of a file but not its values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from moe_net.errors import CheckpointError
+from moe_net.types import ExpertShape
+
+FORMAT = "moe-net experts 1"
+_MAX_HEADER_BYTES = 16 << 20
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].contiguous()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _manifest(run: str, shape: ExpertShape) -> dict[str, str | int]:
+    return {
+        "format": FORMAT,
+        "run": run,
+        "d_model": shape.d_model,
+        "d_ff": shape.d_ff,
+        "activation": shape.activation.value,
+    }
+
+
+def pack(state: Mapping[str, Tensor], *, run: str, shape: ExpertShape) -> bytes:
+    """`state` (CPU tensors, from one or several banks) as a safetensors file. The same state gives the same bytes."""
+    manifest = json.dumps(_manifest(run, shape) | {"sha256": _digest(state)})
+    # One key: safetensors writes several in the order of a hash table, another one each time.
+    return safetensors.torch.save({name: value.contiguous() for name, value in state.items()}, {"moe-net": manifest})
+
+
+def _read_manifest(data: bytes) -> dict[str, Any]:
+    """What `pack` stated. A safetensors file begins with 8 bytes of length (little-endian), then that much JSON."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER_BYTES):
+        raise CheckpointError(f"not a safetensors file, or cut short: {len(data)} bytes")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        manifest = json.loads(header["__metadata__"]["moe-net"])
+    except (KeyError, TypeError):
+        raise CheckpointError("a safetensors file, but no snapshot of experts") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"not a safetensors file: {error}") from error
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"the snapshot's manifest is {manifest!r:.80}")
+    return cast("dict[str, Any]", manifest)
+
+
+def unpack(data: bytes, *, run: str, shape: ExpertShape) -> dict[str, Tensor]:
+    """The state in `data`. CheckpointError if it is damaged, of another format, run or expert shape."""
+    manifest = _read_manifest(data)
+    for key, expected in _manifest(run, shape).items():
+        if manifest.get(key) != expected:
+            raise CheckpointError(f"snapshot has {key} {manifest.get(key)!r}, this run {expected!r}")
+    try:
+        state = safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"damaged snapshot: {error}") from error
+    if _digest(state) != manifest.get("sha256"):
+        raise CheckpointError("damaged snapshot: its values do not have the digest it states")
+    return state

@@ -1,0 +1,171 @@
+# pyright: basic
+"""The experts of one layer applied to rows: `y_t = sum_k gate_tk * expert_{id_tk}(x_t)`, on the best backend there is.
+
+T tokens, K experts per token, E experts, D model width, F expert width, H columns of the first projection
+(2F for SwiGLU: gate then up; F for GELU).
+
+Measured on one core of an AMD EPYC (AVX-512), fp32, forward / forward and backward in ms, torch 2.13; "products" are
+the matrix products alone, on contiguous data:
+
+| T, K, E, D, F, activation     | reference + autograd | grouped     | loop        | products    |
+| 2048, 2, 4, 512, 2048, GELU   | 200 / 591            | 196 / 621   | 185 / 570   | 181 / 547   |
+| 256, 2, 4, 512, 2048, GELU    | 26.7 / 91.6          | 26.3 / 79.3 | 26.0 / 75.7 | 24.2 / 70.2 |
+| 512, 2, 3, 128, 128, SwiGLU   | 1.77 / 5.05          | 1.95 / 5.13 | 1.66 / 4.39 | 1.17 / 3.22 |
+
+So a CPU loops. On CUDA grouped_mm has a kernel for bf16 only and falls back to a loop (with a wait) for the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_net.kernels import grouped, loop, reference
+from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
+from moe_net.types import Activation
+
+__all__ = ["BACKENDS", "ExpertWeights", "Saved", "WeightGrads", "moe_ffn", "moe_ffn_backward", "moe_ffn_forward"]
+
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (reference, loop, grouped)}
+_logged: set[tuple[str, str, str]] = set()
+
+
+def _choose(x_TD: Tensor, weights: ExpertWeights, backend: str | None) -> ModuleType:
+    """The backend asked for, or the fastest one for this device, dtype and shape."""
+    if backend is None:
+        kernel = x_TD.is_cuda and x_TD.dtype is torch.bfloat16 and grouped.fits(x_TD, weights)
+        backend = grouped.NAME if kernel else loop.NAME
+    elif backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    elif backend == grouped.NAME and not grouped.fits(x_TD, weights):
+        d_model, d_ff = x_TD.shape[1], weights.w_out_EFD.shape[1]
+        raise ValueError(
+            f"backend 'grouped' needs rows of multiples of 16 bytes, not D={d_model}, F={d_ff} {x_TD.dtype}"
+        )
+    key = (backend, x_TD.device.type, str(x_TD.dtype))
+    if key not in _logged:
+        _logged.add(key)
+        logger.info("expert kernels: backend %s for %s, %s", *key)
+    return BACKENDS[backend]
+
+
+def _check(x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights) -> None:
+    """ValueError unless shapes and dtypes fit together."""
+    n_experts, d_model, d_hidden = weights.w_in_EDH.shape
+    d_ff = d_hidden // 2 if weights.activation is Activation.SWIGLU else d_hidden
+    if weights.w_out_EFD.shape != (n_experts, d_ff, d_model):
+        raise ValueError(
+            f"w_out is {list(weights.w_out_EFD.shape)}, but w_in {list(weights.w_in_EDH.shape)} "
+            f"and {weights.activation.value} need {[n_experts, d_ff, d_model]}"
+        )
+    if x_TD.ndim != 2 or x_TD.shape[1] != d_model:
+        raise ValueError(f"x is {list(x_TD.shape)}, but the experts take [T, {d_model}]")
+    if expert_ids_TK.ndim != 2 or expert_ids_TK.shape[0] != x_TD.shape[0] or gates_TK.shape != expert_ids_TK.shape:
+        raise ValueError(
+            f"ids {list(expert_ids_TK.shape)} and gates {list(gates_TK.shape)} must both be [{x_TD.shape[0]}, K]"
+        )
+    if expert_ids_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"expert ids are {expert_ids_TK.dtype}, not int32 or int64")
+    if not x_TD.dtype == weights.w_in_EDH.dtype == weights.w_out_EFD.dtype:
+        raise ValueError(
+            f"x, w_in and w_out are {x_TD.dtype}, {weights.w_in_EDH.dtype} and {weights.w_out_EFD.dtype}: "
+            "they must be the same"
+        )
+
+
+@torch.no_grad()
+def moe_ffn_forward(
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    *,
+    keep: bool,
+    backend: str | None = None,
+) -> tuple[Tensor, Saved | None]:
+    """Row sums y [T, D] in x's dtype, and with `keep` what the backward can use again.
+
+    Ids are int32 or int64; -1 is padding and adds nothing (its gate must be finite). Any other id outside 0..E-1 is a
+    ValueError with "loop", padding with "grouped", which does not wait for the device to look. No autograd here.
+    """
+    _check(x_TD, expert_ids_TK, gates_TK, weights)
+    return _choose(x_TD, weights, backend).forward(x_TD, expert_ids_TK, gates_TK, weights, keep=keep)
+
+
+@torch.no_grad()
+def moe_ffn_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    saved: Saved | None,
+    *,
+    weight_grads: WeightGrads | None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(dx [T, D], dgates [T, K]); adds the weight gradients in place to `weight_grads` unless that is None.
+
+    `saved` comes from a forward of the same arguments; without it (or if another backend saved it) the
+    pre-activations are computed again. dgates is 0 for padding.
+    """
+    _check(x_TD, expert_ids_TK, gates_TK, weights)
+    if dy_TD.shape != x_TD.shape or dy_TD.dtype != x_TD.dtype:
+        raise ValueError(f"dy is {dy_TD.dtype} {list(dy_TD.shape)}, but x is {x_TD.dtype} {list(x_TD.shape)}")
+    module = _choose(x_TD, weights, backend or (saved.backend if saved is not None else None))
+    if saved is not None and saved.backend != module.NAME:
+        saved = None
+    return module.backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, weight_grads=weight_grads)
+
+
+class _MoeFfn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, expert_ids_TK, gates_TK, w_in_EDH, w_out_EFD, activation, backend):
+        weights = ExpertWeights(w_in_EDH, w_out_EFD, activation)
+        y_TD, saved = moe_ffn_forward(x_TD, expert_ids_TK, gates_TK, weights, keep=True, backend=backend)
+        ctx.activation = activation
+        ctx.saved_as = None if saved is None else (saved.backend, saved.routing)
+        h_PH = None if saved is None else saved.h_PH
+        ctx.save_for_backward(x_TD, expert_ids_TK, gates_TK, w_in_EDH, w_out_EFD, h_PH)
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TD):
+        x_TD, expert_ids_TK, gates_TK, w_in_EDH, w_out_EFD, h_PH = ctx.saved_tensors
+        saved = None if ctx.saved_as is None else Saved(ctx.saved_as[0], ctx.saved_as[1], h_PH)
+        grads = None
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            dtype = torch.promote_types(w_in_EDH.dtype, torch.float32)
+            grads = WeightGrads(torch.zeros_like(w_in_EDH, dtype=dtype), torch.zeros_like(w_out_EFD, dtype=dtype))
+        weights = ExpertWeights(w_in_EDH, w_out_EFD, ctx.activation)
+        dx_TD, dgates_TK = moe_ffn_backward(
+            dy_TD.contiguous(), x_TD, expert_ids_TK, gates_TK, weights, saved, weight_grads=grads
+        )
+        dw_in_EDH, dw_out_EFD = (None, None) if grads is None else (grad.to(w_in_EDH.dtype) for grad in grads)
+        return dx_TD, None, dgates_TK, dw_in_EDH, dw_out_EFD, None, None
+
+
+def moe_ffn(
+    x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, *, backend: str | None = None
+) -> Tensor:
+    """y [T, D], differentiable once in x, gates and both weights ("reference" any number of times).
+
+    Ids as in `moe_ffn_forward`. Backward keeps the inputs and the [P, H] pre-activations, and computes the activation
+    again.
+    """
+    _check(x_TD, expert_ids_TK, gates_TK, weights)
+    if _choose(x_TD, weights, backend) is reference:
+        return reference.moe_ffn_reference(x_TD, expert_ids_TK, gates_TK, weights)
+    inputs = (x_TD, gates_TK, weights.w_in_EDH, weights.w_out_EFD)
+    if not (torch.is_grad_enabled() and any(value.requires_grad for value in inputs)):
+        return moe_ffn_forward(x_TD, expert_ids_TK, gates_TK, weights, keep=False, backend=backend)[0]
+    return _MoeFfn.apply(
+        x_TD, expert_ids_TK, gates_TK, weights.w_in_EDH, weights.w_out_EFD, weights.activation, backend
+    )

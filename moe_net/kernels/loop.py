@@ -1,0 +1,174 @@
+# pyright: basic
+"""One matrix product per expert, on blocks of sorted rows. The fastest on a CPU (numbers in `dispatch`).
+
+T tokens, K experts per token, E experts, D model width, F expert width, H columns of the first projection
+(2F for SwiGLU: gate then up; F for GELU), P (token, expert) pairs that have an expert, sorted by expert; n of them
+with one expert.
+
+Where the time goes beside the products, and what is done about it:
+- gates are never multiplied into [P, F] tensors, only into [P, D] ones, or inside the weighted gather-sum;
+- the sum over a token's experts is one fused gather-sum (`embedding_bag`), in a fixed order: same bits every time;
+- scratch of the largest expert's size serves all experts, and weight gradients go straight into the sums (`addmm_`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
+from moe_net.types import Activation
+
+NAME = "loop"
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """The pairs of a call, sorted by expert, padding left out."""
+
+    pair_P: Tensor
+    """Position t * K + k of each sorted pair."""
+    row_P: Tensor
+    """Its token t."""
+    place_TK: Tensor
+    """The inverse: where pair (t, k) stands among the sorted ones; P for padding."""
+    blocks: tuple[tuple[int, int, int], ...]
+    """(expert, first, end) of every expert that has pairs."""
+
+    @property
+    def largest(self) -> int:
+        return max((end - first for _, first, end in self.blocks), default=0)
+
+
+def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:
+    """Stable sort of the pairs by expert. ValueError for an id outside -1..n_experts-1. Waits for the device."""
+    ids = expert_ids_TK.reshape(-1).cpu().numpy()
+    if ids.size and not (ids.min() >= -1 and ids.max() < n_experts):
+        raise ValueError(f"expert ids must lie in -1..{n_experts - 1}, not {ids.min()}..{ids.max()}")
+    # 16-bit keys: numpy sorts those by radix.
+    keys = ids.astype(np.int16) if n_experts < 2**15 else ids
+    count_E = np.bincount(keys + 1, minlength=n_experts + 1)
+    n_padding = int(count_E[0])
+    pair_P = np.argsort(keys, kind="stable")[n_padding:]
+    place = np.full(ids.size, pair_P.size, dtype=np.int64)
+    place[pair_P] = np.arange(pair_P.size)
+    ends = np.cumsum(count_E[1:]).tolist()
+    starts = [0, *ends[:-1]]
+    device = expert_ids_TK.device
+    return Routing(
+        pair_P=torch.from_numpy(pair_P).to(device),
+        row_P=torch.from_numpy(pair_P // max(1, expert_ids_TK.shape[1])).to(device),
+        place_TK=torch.from_numpy(place).view(expert_ids_TK.shape).to(device),
+        blocks=tuple((e, starts[e], ends[e]) for e in range(n_experts) if ends[e] > starts[e]),
+    )
+
+
+def _combine(pairs_QD: Tensor, routing: Routing, gates_TK: Tensor) -> Tensor:
+    """sum_k gate_tk * pairs[place_tk] -> [T, D]; the last of the Q = P + 1 rows is set to zero and is padding's."""
+    pairs_QD[-1].zero_()
+    gates_TK = gates_TK.to(pairs_QD.dtype)
+    return F.embedding_bag(routing.place_TK, pairs_QD, per_sample_weights=gates_TK, mode="sum")
+
+
+def _add_product(sum_MN: Tensor, a_Mn: Tensor, b_nN: Tensor) -> None:
+    if a_Mn.dtype is sum_MN.dtype:
+        sum_MN.addmm_(a_Mn, b_nN)
+    else:
+        sum_MN.add_(torch.mm(a_Mn, b_nN))
+
+
+def forward(
+    x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, *, keep: bool
+) -> tuple[Tensor, Saved | None]:
+    """As `dispatch.moe_ffn_forward`."""
+    n_experts, d_model, d_hidden = weights.w_in_EDH.shape
+    d_ff = weights.w_out_EFD.shape[1]
+    routing = sort_pairs(expert_ids_TK, n_experts)
+    n_pairs, largest = routing.pair_P.numel(), routing.largest
+    y_QD = x_TD.new_empty(n_pairs + 1, d_model)
+    x_nD = x_TD.new_empty(largest, d_model)
+    h_PH = x_TD.new_empty(n_pairs if keep else largest, d_hidden)
+    a_nF = x_TD.new_empty(largest if keep else 0, d_ff)
+    gated = weights.activation is Activation.SWIGLU
+    for expert, first, end in routing.blocks:
+        n = end - first
+        x = torch.index_select(x_TD, 0, routing.row_P[first:end], out=x_nD[:n])
+        h = torch.mm(x, weights.w_in_EDH[expert], out=h_PH[first:end] if keep else h_PH[:n])
+        # Without `keep` the activation overwrites the pre-activation.
+        a = a_nF[:n] if keep else h[:, :d_ff]
+        if gated:
+            _aten.silu.out(h[:, :d_ff], out=a)
+            a.mul_(h[:, d_ff:])
+        else:
+            _aten.gelu.out(h, out=a)
+        torch.mm(a, weights.w_out_EFD[expert], out=y_QD[first:end])
+    y_TD = _combine(y_QD, routing, gates_TK)
+    return y_TD, Saved(NAME, routing, h_PH) if keep else None
+
+
+def backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    saved: Saved | None,
+    *,
+    weight_grads: WeightGrads | None,
+) -> tuple[Tensor, Tensor]:
+    """As `dispatch.moe_ffn_backward`.
+
+    With y_p = a_p W_out, and dA_p = dy_t W_out^T *without* the gate: dgate_p = <dA_p, a_p>, so y_p is not needed; the
+    gate then enters dW_out through dy, dW_in through x and dx in the gather-sum, all of them [P, D].
+    """
+    n_experts, d_model, d_hidden = weights.w_in_EDH.shape
+    d_ff = weights.w_out_EFD.shape[1]
+    routing: Routing = sort_pairs(expert_ids_TK, n_experts) if saved is None else saved.routing
+    n_pairs, largest = routing.pair_P.numel(), routing.largest
+    gated = weights.activation is Activation.SWIGLU
+    dx_QD = x_TD.new_empty(n_pairs + 1, d_model)
+    # fp32 also beside bf16 rows: a gate's gradient is a sum over F.
+    dgate_P = x_TD.new_empty(n_pairs, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    gate_P1 = gates_TK.reshape(-1).index_select(0, routing.pair_P).to(x_TD.dtype).unsqueeze(1)
+    rows_nD = x_TD.new_empty(largest, d_model)
+    h_nH = x_TD.new_empty(largest if saved is None else 0, d_hidden)
+    a_nF, da_nF, t_nF = x_TD.new_empty(3, largest, d_ff).unbind(0)
+    dh_nH = x_TD.new_empty(largest, d_hidden) if gated else da_nF
+    for expert, first, end in routing.blocks:
+        n = end - first
+        row, gate = routing.row_P[first:end], gate_P1[first:end]
+        rows, a, da, dh, t = rows_nD[:n], a_nF[:n], da_nF[:n], dh_nH[:n], t_nF[:n]
+        if saved is None:
+            torch.index_select(x_TD, 0, row, out=rows)
+            h = torch.mm(rows, weights.w_in_EDH[expert], out=h_nH[:n])
+        else:
+            h = saved.h_PH[first:end]
+        dy = torch.index_select(dy_TD, 0, row, out=rows)
+        torch.mm(dy, weights.w_out_EFD[expert].t(), out=da)
+        if gated:
+            gate_n, up = h[:, :d_ff], h[:, d_ff:]
+            _aten.silu.out(gate_n, out=t)
+            torch.mul(da, t, out=dh[:, d_ff:])
+            torch.mul(t, up, out=a)
+            torch.mul(dh[:, d_ff:], up, out=t)
+            torch.sum(t, 1, dtype=dgate_P.dtype, out=dgate_P[first:end])
+            da.mul_(up)
+            _aten.silu_backward.grad_input(da, gate_n, grad_input=dh[:, :d_ff])
+        else:
+            _aten.gelu.out(h, out=a)
+            torch.mul(da, a, out=t)
+            torch.sum(t, 1, dtype=dgate_P.dtype, out=dgate_P[first:end])
+            _aten.gelu_backward.grad_input(da, h, grad_input=dh)
+        torch.mm(dh, weights.w_in_EDH[expert].t(), out=dx_QD[first:end])
+        if weight_grads is not None:
+            _add_product(weight_grads.w_out_EFD[expert], a.t(), dy.mul_(gate))
+            x = torch.index_select(x_TD, 0, row, out=rows).mul_(gate)
+            _add_product(weight_grads.w_in_EDH[expert], x.t(), dh)
+    dx_TD = _combine(dx_QD, routing, gates_TK)
+    dgates = dgate_P.new_zeros(gates_TK.numel()).index_copy_(0, routing.pair_P, dgate_P)
+    return dx_TD, dgates.view(gates_TK.shape).to(gates_TK.dtype)

@@ -1,0 +1,236 @@
+"""Every expert backend against the loop over experts in fp64: outputs and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_net.kernels.dispatch import BACKENDS, moe_ffn, moe_ffn_backward, moe_ffn_forward
+from moe_net.kernels.types import ExpertWeights, WeightGrads
+from moe_net.types import Activation
+
+FAST = ("loop", "grouped")
+# Relative to the largest value: fp32 sums of up to 48 terms stay within 1e-6; bf16 keeps 8 bits, twice rounded.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    x_TD: Tensor
+    ids_TK: Tensor
+    gates_TK: Tensor
+    dy_TD: Tensor
+    weights: ExpertWeights
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """Rows and weights rounded to `dtype`; gates stay fp32, or become fp64 for the oracle."""
+        w = self.weights
+        return Case(
+            x_TD=self.x_TD.to(dtype),
+            ids_TK=self.ids_TK,
+            gates_TK=self.gates_TK.double() if dtype is torch.float64 else self.gates_TK,
+            dy_TD=self.dy_TD.to(dtype),
+            weights=ExpertWeights(w.w_in_EDH.to(dtype), w.w_out_EFD.to(dtype), w.activation),
+        )
+
+
+def make_case(
+    seed: int, *, t: int, k: int, e: int, d: int, f: int, activation: Activation, routing: str = "random"
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if routing == "padding":
+        ids = torch.full((t, k), -1)
+    elif routing == "one hot":
+        ids = torch.full((t, k), seed % e)
+    else:
+        ids = torch.randint(-1, e, (t, k), generator=generator)
+        if routing == "empty experts":
+            ids[ids % 2 == 0] = -1
+    h = 2 * f if activation is Activation.SWIGLU else f
+    return Case(
+        x_TD=normal(t, d),
+        ids_TK=ids.to(torch.int32 if seed % 2 else torch.int64),
+        gates_TK=torch.rand((t, k), generator=generator),
+        dy_TD=normal(t, d),
+        weights=ExpertWeights(normal(e, d, h) / d**0.5, normal(e, f, d) / f**0.5, activation),
+    )
+
+
+def run_explicit(case: Case, backend: str, *, keep: bool = True) -> dict[str, Tensor]:
+    """Output and gradients by the explicit forward and backward."""
+    dtype = torch.promote_types(case.x_TD.dtype, torch.float32)
+    w = case.weights
+    grads = WeightGrads(torch.zeros_like(w.w_in_EDH, dtype=dtype), torch.zeros_like(w.w_out_EFD, dtype=dtype))
+    args = (case.x_TD, case.ids_TK, case.gates_TK, w)
+    y, saved = moe_ffn_forward(*args, keep=keep, backend=backend)
+    dx, dgates = moe_ffn_backward(case.dy_TD, *args, saved, weight_grads=grads, backend=backend)
+    return {"y": y, "dx": dx, "dgates": dgates, "dw_in": grads.w_in_EDH, "dw_out": grads.w_out_EFD}
+
+
+def run_autograd(case: Case, backend: str) -> dict[str, Tensor]:
+    """Output and gradients by autograd through `moe_ffn`."""
+    w = case.weights
+    inputs = [value.clone().requires_grad_() for value in (case.x_TD, case.gates_TK, w.w_in_EDH, w.w_out_EFD)]
+    x, gates, w_in, w_out = inputs
+    y = moe_ffn(x, case.ids_TK, gates, ExpertWeights(w_in, w_out, w.activation), backend=backend)
+    dx, dgates, dw_in, dw_out = torch.autograd.grad(y, inputs, case.dy_TD, materialize_grads=True)
+    return {"y": y.detach(), "dx": dx, "dgates": dgates, "dw_in": dw_in, "dw_out": dw_out}
+
+
+def assert_close(got: dict[str, Tensor], oracle: dict[str, Tensor], tolerance: float) -> None:
+    for name, expected in oracle.items():
+        assert got[name].shape == expected.shape, name
+        if expected.numel():
+            error = (got[name].double() - expected).abs().max().item()
+            assert error <= tolerance * max(1.0, expected.abs().max().item()), f"{name} is off by {error}"
+
+
+def check(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> None:
+    case = case.to(dtype)
+    oracle = run_autograd(case.to(torch.float64), "reference")
+    assert_close(run_explicit(case, backend), oracle, TOLERANCE[dtype])
+    assert_close(run_autograd(case, backend), oracle, TOLERANCE[dtype])
+
+
+def fitting(shape: dict[str, Any], backend: str) -> dict[str, Any]:
+    """`shape` with sizes that the backend takes: grouped_mm wants multiples of 16 bytes."""
+    if backend != "grouped":
+        return shape
+    return shape | {"d": -(-shape["d"] // 8) * 8, "f": -(-shape["f"] // 8) * 8}
+
+
+CASES = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 10_000),
+        "t": st.integers(0, 24),
+        "k": st.sampled_from([1, 2, 3, 8]),
+        "e": st.integers(1, 6),
+        "d": st.sampled_from([1, 8, 13]),
+        "f": st.sampled_from([1, 8, 21]),
+        "activation": st.sampled_from(list(Activation)),
+        "routing": st.sampled_from(["random", "one hot", "empty experts", "padding"]),
+    }
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(shape=CASES)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_output_and_every_gradient_equal_the_fp64_reference(backend: str, shape: dict[str, Any]) -> None:
+    check(make_case(**fitting(shape, backend)), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(shape=CASES)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+def test_bf16_rows_and_weights_stay_within_bf16_rounding(backend: str, shape: dict[str, Any]) -> None:
+    check(make_case(**fitting(shape, backend)), backend, torch.bfloat16)
+
+
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("routing", ["random", "one hot", "empty experts", "padding"])
+@pytest.mark.parametrize("backend", FAST)
+def test_larger_shapes_agree_for_every_kind_of_routing(backend: str, routing: str, activation: Activation) -> None:
+    check(make_case(5, t=300, k=4, e=7, d=48, f=40, activation=activation, routing=routing), backend)
+
+
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("backend", FAST)
+def test_backward_without_saved_pre_activations_gives_the_same_bits(backend: str, activation: Activation) -> None:
+    case = make_case(3, t=50, k=2, e=4, d=16, f=24, activation=activation)
+    kept, fresh = run_explicit(case, backend), run_explicit(case, backend, keep=False)
+    assert all(torch.equal(kept[name], fresh[name]) for name in kept)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_what_one_backend_saved_does_not_confuse_another(backend: str) -> None:
+    case = make_case(3, t=50, k=2, e=4, d=16, f=24, activation=Activation.SWIGLU)
+    args = (case.x_TD, case.ids_TK, case.gates_TK, case.weights)
+    _, saved = moe_ffn_forward(*args, keep=True, backend="loop")
+    dx, _ = moe_ffn_backward(case.dy_TD, *args, saved, weight_grads=None, backend=backend)
+    assert torch.equal(dx, run_explicit(case, backend)["dx"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_gradients_are_added_to_what_is_there(backend: str) -> None:
+    case = make_case(1, t=40, k=2, e=3, d=16, f=8, activation=Activation.GELU)
+    args = (case.x_TD, case.ids_TK, case.gates_TK, case.weights)
+    once = run_explicit(case, backend)
+    grads = WeightGrads(torch.ones_like(case.weights.w_in_EDH), torch.ones_like(case.weights.w_out_EFD))
+    for _ in range(2):
+        moe_ffn_backward(case.dy_TD, *args, None, weight_grads=grads, backend=backend)
+    torch.testing.assert_close(grads.w_in_EDH, 1 + 2 * once["dw_in"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads.w_out_EFD, 1 + 2 * once["dw_out"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_the_same_inputs_give_the_same_bits(backend: str) -> None:
+    case = make_case(2, t=128, k=4, e=5, d=32, f=32, activation=Activation.SWIGLU)
+    first, second = run_explicit(case, backend), run_explicit(case, backend)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_inputs_are_left_as_they_were(backend: str) -> None:
+    case = make_case(4, t=30, k=2, e=3, d=16, f=8, activation=Activation.SWIGLU)
+    copy = make_case(4, t=30, k=2, e=3, d=16, f=8, activation=Activation.SWIGLU)
+    run_explicit(case, backend)
+    for name in ("x_TD", "ids_TK", "gates_TK", "dy_TD"):
+        assert torch.equal(getattr(case, name), getattr(copy, name)), name
+    assert torch.equal(case.weights.w_in_EDH, copy.weights.w_in_EDH)
+    assert torch.equal(case.weights.w_out_EFD, copy.weights.w_out_EFD)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_nan_in_one_expert_reaches_only_the_tokens_that_chose_it(backend: str) -> None:
+    case = make_case(0, t=6, k=2, e=3, d=8, f=8, activation=Activation.GELU)
+    case.weights.w_out_EFD[1] = float("nan")
+    ids = torch.tensor([[0, 2], [1, -1], [-1, -1], [2, 0], [0, 1], [-1, 2]])
+    y, _ = moe_ffn_forward(case.x_TD, ids, case.gates_TK, case.weights, keep=False, backend=backend)
+    assert y.isnan().any(dim=1).tolist() == [False, True, False, False, True, False]
+
+
+def test_nothing_is_kept_when_no_input_needs_a_gradient() -> None:
+    case = make_case(0, t=6, k=2, e=3, d=8, f=8, activation=Activation.GELU)
+    y = moe_ffn(case.x_TD, case.ids_TK, case.gates_TK, case.weights)
+    assert not y.requires_grad
+
+
+def test_frozen_weights_get_no_gradient_and_rows_do() -> None:
+    case = make_case(0, t=6, k=2, e=3, d=8, f=8, activation=Activation.GELU)
+    x = case.x_TD.requires_grad_()
+    moe_ffn(x, case.ids_TK, case.gates_TK, case.weights).sum().backward()
+    assert x.grad is not None
+    assert case.weights.w_in_EDH.grad is None
+
+
+def test_mistakes_are_named() -> None:
+    case = make_case(0, t=6, k=2, e=3, d=8, f=8, activation=Activation.GELU)
+    x, ids, gates, w = case.x_TD, case.ids_TK, case.gates_TK, case.weights
+    with pytest.raises(ValueError, match=r"must lie in -1\.\.2, not 3\.\.3"):
+        moe_ffn(x, torch.full_like(ids, 3), gates, w, backend="loop")
+    with pytest.raises(ValueError, match=r"must lie in -1\.\.2, not -2\.\.-2"):
+        moe_ffn(x, torch.full_like(ids, -2), gates, w, backend="loop")
+    with pytest.raises(ValueError, match="unknown backend 'fastest': choose one of reference, loop, grouped"):
+        moe_ffn(x, ids, gates, w, backend="fastest")
+    narrow = ExpertWeights(w.w_in_EDH[:, :6], w.w_out_EFD[..., :6], w.activation)
+    with pytest.raises(ValueError, match="needs rows of multiples of 16 bytes, not D=6, F=8"):
+        moe_ffn(x[:, :6], ids, gates, narrow, backend="grouped")
+    with pytest.raises(ValueError, match=r"x is \[6, 7\], but the experts take \[T, 8\]"):
+        moe_ffn(x[:, :7], ids, gates, w)
+    with pytest.raises(ValueError, match=r"must both be \[6, K\]"):
+        moe_ffn(x, ids, gates[:, :1], w)
+    with pytest.raises(ValueError, match="they must be the same"):
+        moe_ffn(x.bfloat16(), ids, gates, w)
+    with pytest.raises(ValueError, match=r"w_out is \[3, 8, 8\]"):
+        moe_ffn(x, ids, gates, ExpertWeights(w.w_in_EDH, w.w_out_EFD, Activation.SWIGLU))

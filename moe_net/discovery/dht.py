@@ -1,0 +1,436 @@
+"""Discovery in hivemind's DHT, on the caller's event loop: the only file that imports hivemind (design, D1).
+
+Freshness. All of hivemind's caches are off and a read merges what every replica has, by the latest expiry of each
+entry: a refresh replaces and a withdrawal hides a record as soon as one replica of the shard has it.
+
+Trust. Members keep an entry filed under a peer id only if it is that peer's own signed record, filed where it
+belongs, with the expiry that was signed: nobody can replace, replay or outlive somebody else's record. The manifest
+and the list of runs are not signed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Coroutine, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, TypeVar, cast
+
+from moe_net.discovery import layout
+from moe_net.discovery.layout import (
+    MAX_MANIFEST_BYTES,
+    RUNS_KEY,
+    SHARDS,
+    manifest_key,
+    peer_subkey,
+    shard_key,
+    shard_of,
+)
+from moe_net.discovery.record import check, open_record, run_fault
+from moe_net.errors import DiscoveryError, JoinError, RecordError
+from moe_net.types import PeerInfo
+
+with warnings.catch_warnings():
+    # hivemind compiles two functions with torch.jit.script, which torch has deprecated.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from hivemind.dht.node import DHTNode
+    from hivemind.dht.protocol import ValidationError
+    from hivemind.dht.routing import DHTID
+    from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+    from hivemind.p2p import P2P, P2PDaemonError, PeerID
+    from hivemind.utils.logging import use_hivemind_log_handler
+    from hivemind.utils.multiaddr import Multiaddr
+
+# hivemind's import renames the level WARNING, gives its loggers a handler of their own and cuts them off from ours.
+# Its INFO tells about every socket.
+use_hivemind_log_handler("nowhere")
+logging.addLevelName(logging.WARNING, "WARNING")
+logging.getLogger("hivemind").setLevel(logging.WARNING)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REPLICAS = 5
+"""Nodes that keep each dictionary."""
+BEAM = 10
+"""Nodes a read asks per dictionary: twice the replicas, so that new nodes nearer to the key do not hide old ones."""
+# An AF_UNIX path has at most 107 bytes; the daemon's file names take up to 32.
+_MAX_SOCKET_DIR_BYTES = 70
+_SHUTDOWN_TIMEOUT_S = 5.0
+
+
+class _Validator(RecordValidatorBase):
+    """What this node keeps for others and believes from them.
+
+    hivemind drops a whole dictionary that has one invalid entry, so an entry that pretends nothing (no peer's
+    subkey) is let through here and skipped by the reader. Values that do not unpack are refused for every key:
+    hivemind's search never ends after meeting one.
+    """
+
+    def __init__(self, shards: int) -> None:
+        self._shards = shards
+        self._own_keys = frozenset[bytes]()
+
+    def guard(self, run: str) -> None:
+        """Refuse plain values at the run's keys: one with a late expiry would wipe a dictionary."""
+        self._own_keys = frozenset(_key_bytes(shard_key(run, shard)) for shard in range(self._shards))
+
+    def validate(self, record: DHTRecord) -> bool:
+        try:
+            subkey, value = layout.unpack(record.subkey), layout.unpack(record.value)
+            home = layout.home_of_entry(subkey, value, record.expiration_time, self._shards)
+        except (ValueError, RecordError) as error:
+            log.debug("refused an entry: %s", error)
+            return False
+        if home is not None:
+            return record.key == _key_bytes(home)
+        return subkey is not None or record.key not in self._own_keys
+
+
+@lru_cache(maxsize=1024)
+def _key_bytes(key: str) -> bytes:
+    return DHTID.generate(key).to_bytes()
+
+
+class _Daemon(P2P):
+    """hivemind's handle on its libp2p daemon, so that it can be ended from every state of its start.
+
+    Use a subclass made by `in_directory`: hivemind reads the paths of its two sockets from the class. In a
+    directory of our own with mode 0700 they are private, and go with it.
+    """
+
+    made: ClassVar[list[_Daemon]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).made.append(self)
+
+    @staticmethod
+    def in_directory(directory: str) -> type[_Daemon]:
+        return type("_DaemonIn", (_Daemon,), {"_UNIX_SOCKET_PREFIX": f"/unix{directory}/", "made": []})
+
+    @staticmethod
+    def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
+        # A session of its own: the terminal's Ctrl-C must not end the daemon before our withdrawal is out.
+        setsid = shutil.which("setsid")
+        return [*([setsid] if setsid else []), *P2P._make_process_args(*args, **kwargs)]
+
+    @property
+    def has_exited(self) -> bool:
+        return self._child is None or self._child.returncode is not None
+
+    async def end(self) -> None:
+        """Stop the daemon and wait for it; kill it when it does not stop."""
+        try:
+            async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
+                await self.shutdown()
+        except TimeoutError:
+            log.warning("the libp2p daemon did not stop within %.0f s and is killed", _SHUTDOWN_TIMEOUT_S)
+        finally:
+            # Also when cancelled: the loop is going down and nobody will wait any more.
+            if self._child is not None and self._child.returncode is None:
+                self._child.kill()
+
+
+async def _start_daemon(
+    directory: str, join: Sequence[str], listen: str, client_mode: bool, timeout_s: float
+) -> _Daemon:
+    kind = _Daemon.in_directory(directory)
+    # importlib.resources.path, which hivemind calls, warns in Python 3.11 and 3.12, and no more in 3.13.
+    warnings.filterwarnings("ignore", "path is deprecated", DeprecationWarning, r"hivemind\.p2p\.")
+    creating = kind.create(
+        initial_peers=list(join) or None,
+        host_maddrs=None if client_mode else [listen],
+        no_listen=client_mode,
+        # Only who listens beyond this machine needs a port of the router.
+        nat_port_map=not client_mode and not listen.startswith("/ip4/127."),
+        dht_mode="client" if client_mode else "server",
+        startup_timeout=timeout_s,
+    )
+    starting = asyncio.create_task(creating)
+    try:
+        # Not cancelled half-way: the process must be known to us before it can be ended.
+        return cast(_Daemon, await asyncio.shield(starting))
+    except BaseException:
+        await asyncio.wait([starting], timeout=timeout_s)
+        starting.cancel()
+        await asyncio.wait([starting])
+        if not starting.cancelled():
+            starting.exception()
+        for daemon in kind.made:
+            await daemon.end()
+        raise
+
+
+def _socket_directory() -> str:
+    base = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="moe-net-", dir=base if len(base.encode()) <= _MAX_SOCKET_DIR_BYTES else "/tmp")
+
+
+def _peer_in(address: str) -> PeerID:
+    try:
+        return PeerID.from_base58(Multiaddr(address)["p2p"])
+    except (ValueError, LookupError) as error:
+        raise ValueError(
+            f"{address!r} is not the libp2p address of a member, like /ip4/203.0.113.7/tcp/4001/p2p/12D3Koo...: {error}"
+        ) from error
+
+
+class DhtDiscovery:
+    """A member of a run's DHT. Make it with `create`; `close` it, or use it as an async context manager."""
+
+    def __init__(
+        self, daemon: _Daemon, node: DHTNode, validator: _Validator, directory: str, members: Sequence[PeerID],
+        *, run: str | None, shards: int, addresses: tuple[str, ...], client_mode: bool, timeout_s: float,
+    ) -> None:  # fmt: skip
+        """Use `create`."""
+        self.run = run
+        """The run; without one at first, the only one of the DHT once `get_manifest` has found it."""
+        self.addresses = addresses
+        """Multiaddrs by which others can join; none for a client."""
+        self._daemon, self._node, self._validator = daemon, node, validator
+        self._directory = directory
+        self._members = tuple(members)
+        self._shards = shards
+        self._client_mode = client_mode
+        self._timeout_s = timeout_s
+        self._running: set[asyncio.Task[Any]] = set()
+        self._closing: asyncio.Task[None] | None = None
+        self._junk: frozenset[str] = frozenset()
+
+    @classmethod
+    async def create(
+        cls,
+        *,
+        run: str | None,
+        join: Sequence[str] = (),
+        listen: str = "/ip4/127.0.0.1/tcp/0",
+        client_mode: bool = False,
+        shards: int = SHARDS,
+        replicas: int = REPLICAS,
+        join_timeout_s: float = 10.0,
+        timeout_s: float = 10.0,
+    ) -> DhtDiscovery:
+        """Join the DHT that any of the addresses `join` belongs to, or start a new one when there are none.
+
+        `listen` is the multiaddr to listen on; a member in `client_mode` does not listen and keeps nothing for
+        others. `run` None: `get_manifest` finds out, when the DHT carries one run only. `timeout_s` bounds every
+        later operation. JoinError when no address answers within about `join_timeout_s`; ValueError for an address
+        that cannot be one.
+        """
+        fault = None if run is None else run_fault(run)
+        if fault:
+            raise ValueError(f"run {run!r}: {fault}")
+        if client_mode and not join:
+            raise ValueError("a client keeps nothing and needs a member to join: give the address of one")
+        members = [_peer_in(address) for address in join]
+        directory = await asyncio.to_thread(_socket_directory)
+        validator = _Validator(shards)
+        if run is not None:
+            validator.guard(run)
+        daemon: _Daemon | None = None
+        try:
+            async with asyncio.timeout(join_timeout_s):
+                daemon = await _start_daemon(directory, join, listen, client_mode, join_timeout_s)
+                node = await DHTNode.create(
+                    p2p=daemon,
+                    num_replicas=replicas,
+                    client_mode=client_mode,
+                    record_validator=validator,
+                    cache_locally=False,
+                    cache_nearest=0,
+                    cache_on_store=False,
+                    cache_refresh_before_expiry=0,
+                    reuse_get_requests=False,
+                )
+                if members and not await _greet(node, members):
+                    raise JoinError("they did not answer in the DHT's protocol")
+                addresses = () if client_mode else tuple(str(a) for a in await daemon.get_visible_maddrs())
+        except (P2PDaemonError, ValidationError, JoinError, OSError, TimeoutError) as error:
+            await _dismantle(daemon, directory)
+            reason = str(error) or f"not within {join_timeout_s:.0f} s"
+            if not join:
+                raise DiscoveryError(f"the libp2p daemon could not listen on {listen}: {reason}") from error
+            raise JoinError(
+                f"could not join by any of {len(join)} addresses ({', '.join(join)}): {reason}. "
+                "Is a member running there? Behind a firewall, join in client mode"
+            ) from error
+        except BaseException:
+            await _dismantle(daemon, directory)
+            raise
+        return cls(
+            daemon, node, validator, directory, members,
+            run=run, shards=shards, addresses=addresses, client_mode=client_mode, timeout_s=timeout_s,
+        )  # fmt: skip
+
+    async def __aenter__(self) -> DhtDiscovery:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def announce(self, record: bytes, *, peer_id: str, expires_at_s: float) -> None:
+        """Publish a record. RecordError when nobody would accept it; DiscoveryError when it could not be stored."""
+        opened = open_record(record)
+        check(opened, run=self._require_run(), now_s=time.time(), peer_id=peer_id)
+        if opened.expires_at_s != expires_at_s:
+            raise RecordError(f"record of peer {peer_id} expires at {opened.expires_at_s}, not at {expires_at_s}")
+        key = shard_key(opened.run, shard_of(peer_id, self._shards))
+        await self._store([(key, peer_subkey(peer_id), record, expires_at_s)])
+
+    async def peers(self) -> tuple[PeerInfo, ...]:
+        """Every live peer of the run whose record verifies, sorted by peer id. DiscoveryError when nobody answers."""
+        run = self._require_run()
+        await self._ensure_connected()
+        found: list[PeerInfo] = []
+        junk: set[str] = set()
+        shelves = await self._get([shard_key(run, shard) for shard in range(self._shards)])
+        now_s = time.time()
+        for key, shelf in shelves.items():
+            entries = layout.live_entries(shelf, now_s)
+            if entries is None:
+                junk |= set() if shelf is None else {f"a plain value at {key}"}
+                continue
+            peers, wrong = layout.read_entries(entries.items(), run=run, now_s=now_s)
+            found += peers
+            junk |= set(wrong)
+        if junk - self._junk:
+            log.warning("skipped %d entries of the DHT, among them: %s", len(junk), "; ".join(sorted(junk)[:3]))
+        self._junk = frozenset(junk)
+        return tuple(sorted(found, key=lambda peer: peer.peer_id))
+
+    async def put_manifest(self, manifest_json: str, *, expires_at_s: float) -> None:
+        """Publish the run's manifest and list the run. ValueError when it has more than `MAX_MANIFEST_BYTES`."""
+        run = self._require_run()
+        if len(manifest_json.encode()) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"the manifest has more than {MAX_MANIFEST_BYTES} bytes")
+        await self._store([(manifest_key(run), None, manifest_json, expires_at_s), (RUNS_KEY, run, True, expires_at_s)])
+
+    async def get_manifest(self) -> str | None:
+        """The run's manifest, if anybody published it; without a run, that of the only one there is."""
+        if self.run is None:
+            self.run = await self.find_run()
+            if self.run is None:
+                return None
+            self._validator.guard(self.run)
+        await self._ensure_connected()
+        key = manifest_key(self.run)
+        found = (await self._get([key]))[key]
+        manifest = layout.fit_manifest(found)
+        if manifest is None and found is not None:
+            log.warning("skipped what the DHT has as the manifest of run %r: not a text of a fit size", self.run)
+        return manifest
+
+    async def runs(self) -> tuple[str, ...]:
+        """The names of the runs that have a manifest in this DHT, sorted."""
+        await self._ensure_connected()
+        listed = layout.live_entries((await self._get([RUNS_KEY]))[RUNS_KEY], time.time())
+        return tuple(sorted(n for n in listed or {} if isinstance(n, str) and run_fault(n) is None))
+
+    async def find_run(self) -> str | None:
+        """The only run of this DHT, None when there is none yet; JoinError names them when there are several."""
+        names = await self.runs()
+        if len(names) > 1:
+            raise JoinError(f"this DHT carries {len(names)} runs ({', '.join(names[:10])}): say which one")
+        return names[0] if names else None
+
+    async def close(self) -> None:
+        """Leave the DHT and end the daemon; may be called again. A withdrawal has to be announced before."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        # A caller that is cancelled leaves; the closing goes on.
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        for task in self._running:
+            task.cancel()
+        try:
+            async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
+                # Takes the daemon's word that our handlers are gone: never comes when it has died.
+                await self._node.shutdown()
+        except (TimeoutError, P2PDaemonError, OSError) as error:
+            log.debug("the DHT node did not shut down: %r", error)
+        finally:
+            await _dismantle(self._daemon, self._directory)
+
+    def _require_run(self) -> str:
+        if self.run is None:
+            raise DiscoveryError("no run yet: none was named, and get_manifest has not found one")
+        return self.run
+
+    async def _ensure_connected(self) -> None:
+        """Whoever joined others and knows nobody any more asks for them again, and trusts no empty answer."""
+        lost = bool(self._members) and not self._node.protocol.routing_table.uid_to_peer_id
+        if lost and not await self._bounded(_greet(self._node, self._members)):
+            raise DiscoveryError("no other member of the DHT answers")
+
+    async def _get(self, keys: Sequence[str]) -> dict[str, Any]:
+        """The newest value of each key: a mapping subkey -> (value, expiration_time), a plain value, or None."""
+        found = await self._bounded(self._node.get_many(keys, sufficient_expiration_time=math.inf, beam_size=BEAM))
+        return {key: None if entry is None else entry.value for key, entry in found.items()}
+
+    async def _store(self, entries: Sequence[tuple[str, str | None, Any, float]]) -> None:
+        stored = await self._bounded(
+            self._node.store_many(
+                keys=[key for key, _, _, _ in entries],
+                subkeys=[subkey for _, subkey, _, _ in entries],
+                values=[value for _, _, value, _ in entries],
+                expiration_time=[float(expires_at_s) for _, _, _, expires_at_s in entries],
+                # A client's own store is seen by nobody and must not count as a replica.
+                exclude_self=self._client_mode,
+                beam_size=max(BEAM, self._node.num_replicas),
+            )
+        )
+        refused = [key for key, accepted in stored.items() if not accepted]
+        if refused:
+            raise DiscoveryError(f"the DHT did not store {refused[0]}: nobody answered, or a later record is there")
+
+    async def _bounded(self, operation: Coroutine[Any, Any, T]) -> T:
+        """`operation` within the time limit; DiscoveryError when it takes longer, or when we are closed meanwhile."""
+        if self._closing is not None or self._daemon.has_exited:
+            operation.close()
+            raise DiscoveryError("closed" if self._closing is not None else "the libp2p daemon has died")
+        task = asyncio.create_task(operation)
+        self._running.add(task)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await task
+        except TimeoutError as error:
+            raise DiscoveryError(f"the DHT did not answer within {self._timeout_s:.0f} s") from error
+        except asyncio.CancelledError:
+            if self._closing is not None and task.cancelled():
+                raise DiscoveryError("closed meanwhile") from None
+            raise
+        finally:
+            self._running.discard(task)
+
+
+async def _greet(node: DHTNode, members: Sequence[PeerID]) -> bool:
+    """Meet the members that answer and the nodes nearest to us; False when none answers.
+
+    hivemind's own bootstrap leaves a timer behind. ValidationError when a member cannot call us back or when the
+    clocks differ by more than 3 s.
+    """
+    pings = [node.protocol.call_ping(member, validate=True) for member in members]
+    answers = await asyncio.gather(*pings, return_exceptions=True)
+    if not any(isinstance(answer, DHTID) for answer in answers):
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return False
+    await node.find_nearest_nodes([node.node_id])
+    return True
+
+
+async def _dismantle(daemon: _Daemon | None, directory: str) -> None:
+    try:
+        if daemon is not None:
+            await daemon.end()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)

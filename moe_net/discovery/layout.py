@@ -1,0 +1,118 @@
+"""Where things lie in the DHT, and what may lie there. Pure; knows neither hivemind nor the network.
+
+A peer's record is one entry (subkey `peer:<peer id>`) of one of `shards` dictionaries; which, is a hash of the peer
+id. One dictionary for all would sit on its five nearest nodes only and travel in one message (libp2p daemon: 4 MiB
+at most); a key per expert would take a look-up for each. `benchmarks/discovery.py` has the figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgpack
+
+from moe_net.discovery.record import open_record, verify
+from moe_net.errors import RecordError
+from moe_net.types import PeerInfo
+
+SHARDS = 16
+"""Dictionaries of a run's records; every member must use the same number.
+
+Per shard at 1000 peers with 4 experts each 62 records of about 260 bytes: 16 KiB. hivemind asks a node for the
+square root of the number of keys at once, so an answer has four shards and stays under 4 MiB up to 60 000 peers.
+"""
+RUNS_KEY = "moe-net/runs"
+"""Dictionary of the names of the runs in this DHT."""
+MAX_MANIFEST_BYTES = 256 * 1024
+_PEER_PREFIX = "peer:"
+# hivemind's msgpack extension for a tuple; the only one that members need to understand.
+_TUPLE_EXTENSION = 0x40
+
+
+def shard_of(peer_id: str, shards: int) -> int:
+    """The dictionary a peer's record belongs to."""
+    return int.from_bytes(hashlib.sha256(peer_id.encode()).digest()[:8], "big") % shards
+
+
+def shard_key(run: str, shard: int) -> str:
+    """The DHT key of one dictionary of a run's records."""
+    return f"moe-net/{run}/peers/{shard}"
+
+
+def manifest_key(run: str) -> str:
+    """The DHT key of a run's manifest."""
+    return f"moe-net/{run}/manifest"
+
+
+def peer_subkey(peer_id: str) -> str:
+    """The name of a peer's entry in its dictionary."""
+    return _PEER_PREFIX + peer_id
+
+
+def unpack(data: bytes) -> Any:
+    """Plain msgpack (and hivemind's tuples); ValueError for everything else."""
+
+    def extension(code: int, payload: bytes) -> Any:
+        if code != _TUPLE_EXTENSION:
+            raise ValueError(f"msgpack extension {code}")
+        return tuple(msgpack.unpackb(payload, ext_hook=extension, raw=False))
+
+    try:
+        return msgpack.unpackb(data, ext_hook=extension, raw=False)
+    except (TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        raise ValueError(f"not msgpack: {error}") from error
+
+
+def home_of_entry(subkey: object, value: object, expires_at_s: float, shards: int) -> str | None:
+    """The key under which an entry must lie, None when it pretends to be nobody's record and may lie anywhere.
+
+    RecordError when it lies: its subkey is a peer's and it is not that peer's signed record, or its expiry is not
+    the signed one (a later one would let an old record outlive its successors).
+    """
+    if not (isinstance(subkey, str) and subkey.startswith(_PEER_PREFIX)):
+        return None
+    if not isinstance(value, bytes):
+        raise RecordError(f"malformed record: a {type(value).__name__}, not bytes")
+    record = open_record(value)
+    if subkey != peer_subkey(record.peer_id):
+        raise RecordError(f"forged record: signed by peer {record.peer_id}, filed under {subkey[:80]!r}")
+    if record.expires_at_s != expires_at_s:
+        raise RecordError(f"forged record of peer {record.peer_id}: filed with another expiry than it has")
+    return shard_key(record.run, shard_of(record.peer_id, shards))
+
+
+def read_entries(
+    entries: Iterable[tuple[object, object]], *, run: str, now_s: float
+) -> tuple[list[PeerInfo], list[str]]:
+    """The live peers among (subkey, value) entries, and for each entry that is junk what is wrong with it."""
+    peers: list[PeerInfo] = []
+    junk: list[str] = []
+    for subkey, value in entries:
+        if not (isinstance(subkey, str) and subkey.startswith(_PEER_PREFIX) and isinstance(value, bytes)):
+            junk.append(f"{str(subkey)[:80]!r} is no peer's record")
+            continue
+        try:
+            said = verify(value, run=run, now_s=now_s, peer_id=subkey.removeprefix(_PEER_PREFIX))
+        except RecordError as error:
+            junk.append(str(error))
+            continue
+        if isinstance(said, PeerInfo):
+            peers.append(said)
+    return peers, junk
+
+
+def fit_manifest(value: object) -> str | None:
+    """`value` if it can be a manifest."""
+    return value if isinstance(value, str) and len(value.encode()) <= MAX_MANIFEST_BYTES else None
+
+
+def live_entries(found: object, now_s: float) -> dict[object, object] | None:
+    """Subkey -> value of what hivemind found under a dictionary's key; None when it is not a dictionary.
+
+    Entries are (value, expiration_time); hivemind's own expiry of entries is lazy.
+    """
+    if not isinstance(found, Mapping):
+        return None
+    return {subkey: entry.value for subkey, entry in found.items() if entry.expiration_time > now_s}

@@ -23,7 +23,8 @@ class RouterConfig:
     jitter: float = 0.0
     """Multiply the router's input by uniform(1-jitter, 1+jitter), in training only (Switch, section 2.4)."""
     capacity_factor: float = 0.0
-    """Largest share of tokens an expert takes, as a multiple of the fair share; 0: no limit (training)."""
+    """Largest share of (token, choice) pairs an expert takes in training, as a multiple of the fair share T * k / E;
+    0: no limit. Papers that count in tokens, C = factor * T / E, have k times this factor."""
     eval_capacity_factor: float = 0.0
     """The same in evaluation (ST-MoE: 2.0)."""
     overflow: Literal["position", "lowest_gate"] = "position"
@@ -81,6 +82,13 @@ class ModelConfig:
             )
         if self.moe_every < 1:
             raise ValueError("moe_every must be at least 1")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: the rotary embedding turns pairs")
+        if self.router.overflow == "lowest_gate":
+            raise ValueError(
+                'router.overflow="lowest_gate" leaks the future: in a causal model whether a token keeps its expert '
+                'would depend on the gates of later tokens. Use "position"'
+            )
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -96,10 +104,41 @@ class ModelConfig:
         """Every expert of the model, ascending."""
         return tuple(ExpertId(layer, e) for layer in self.moe_layers for e in range(self.n_experts))
 
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one expert."""
+        return self.d_model * (self.expert_shape.d_hidden + self.d_ff_expert)
+
+    @property
+    def trunk_parameters(self) -> int:
+        """Parameters of everything but the experts: embeddings, attention, norms, dense FFNs, routers."""
+        gated = self.activation == Activation.SWIGLU
+        attention = self.d_model * self.head_dim * 2 * (self.n_heads + self.n_kv_heads) + 2 * self.head_dim
+        dense_layers = self.n_layers - len(self.moe_layers)
+        return (
+            self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+            + self.n_layers * (attention + 2 * self.d_model)
+            + dense_layers * self.d_model * self.d_ff_dense * (3 if gated else 2)
+            + len(self.moe_layers) * self.d_model * self.n_experts
+            + self.d_model
+        )
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the whole model."""
+        return self.trunk_parameters + len(self.expert_ids) * self.expert_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets."""
+        chosen = len(self.moe_layers) * self.router.experts_per_token
+        return self.trunk_parameters + chosen * self.expert_parameters
+
 
 PRESETS: dict[str, ModelConfig] = {
-    # The demo: 4 layers, 8 experts each, about 2.2 M parameters; trains in minutes on two cores.
+    # The demo: 4 layers, 8 experts each, 1.81 M parameters (0.63 M active); trains in minutes on two cores.
     "tiny": ModelConfig(),
+    # 207.9 M parameters (32 x 8 experts), 31.7 M active.
     "small": ModelConfig(
         seq_len=512,
         d_model=512,
@@ -112,8 +151,11 @@ PRESETS: dict[str, ModelConfig] = {
         d_ff_expert=512,
         router=RouterConfig(experts_per_token=4),
     ),
-    # Switch Transformers, section 2.4 and table 9: top-1, raw gate, capacity 1.25, jitter 1e-2, init scale 0.1,
-    # experts in every other block, no z-loss. Sizes of T5-base.
+    # Switch Transformers (Fedus et al., 2022). Table 9, Switch-Base: d_model 768, gated FFN of 2048, 12 heads of 64,
+    # 12 layers, 128 experts in every other one; sections 2.2-2.4: top-1, raw gate, balance loss 1e-2, capacity 1.25,
+    # jitter 1e-2, no z-loss. Initialisation of variance 0.1 / fan-in (section 2.4): 0.0114 for a fan-in of 768; the
+    # paper's second FFN matrix (fan-in 2048) has 0.0070. Theirs is an encoder and a decoder of 12 layers each
+    # (7 B); this decoder alone has 3.71 B parameters, 110.1 M active. Evaluation capacity 2.0: their released code.
     "switch-base-like": ModelConfig(
         vocab_size=32_000,
         seq_len=512,
@@ -122,12 +164,11 @@ PRESETS: dict[str, ModelConfig] = {
         n_heads=12,
         n_kv_heads=12,
         head_dim=64,
-        d_ff_dense=3072,
-        n_experts=64,
-        d_ff_expert=3072,
-        activation="gelu",
+        d_ff_dense=2048,
+        n_experts=128,
+        d_ff_expert=2048,
         moe_every=2,
-        init_std=0.006,
+        init_std=0.0114,
         router=RouterConfig(
             experts_per_token=1,
             combine="raw",
@@ -137,7 +178,10 @@ PRESETS: dict[str, ModelConfig] = {
             eval_capacity_factor=2.0,
         ),
     ),
-    # GLaM, section 4 and table 4 (0.1B/64E): top-2, experts in every other block, balance loss 0.01.
+    # GLaM (Du et al., 2022), table 4, 0.1B/64E: 12 layers, d_model 768, experts of 3072 without a gate, 12 heads of
+    # 64, 64 experts in every other layer, top-2; section 5: sequences of 1024, balance loss 0.01. Capacity 2.0 (ST-MoE,
+    # section 5.2, says so of GShard and GLaM) counts tokens: the fair share of top-2 pairs. Theirs has 1.9 B
+    # parameters, 145 M active; this one 1.89 B and 138.1 M (their dense FFNs are gated, their vocabulary is 256 K).
     "glam-like": ModelConfig(
         vocab_size=32_000,
         seq_len=1024,
@@ -151,29 +195,34 @@ PRESETS: dict[str, ModelConfig] = {
         d_ff_expert=3072,
         activation="gelu",
         moe_every=2,
-        router=RouterConfig(experts_per_token=2, balance_loss=0.01, capacity_factor=2.0, eval_capacity_factor=2.0),
+        router=RouterConfig(
+            experts_per_token=2, balance_loss=0.01, capacity_factor=2.0 / 2, eval_capacity_factor=2.0 / 2
+        ),
     ),
-    # ST-MoE, section 4 and appendix: top-2, z-loss 1e-3, capacity 1.25 in training and 2.0 in evaluation,
-    # experts in every fourth block.
+    # ST-MoE (Zoph et al., 2022), table 11, ST-MoE-L: d_model 1024, gated FFN of 2816, 16 heads of 64, 27 layers, 32
+    # experts in every fourth one (6 sparse layers, section 7); top-2, capacity 1.25 in training and 2.0 in evaluation
+    # (sections 4.1 and 5.2; of tokens, so half of that in top-2 pairs), balance loss 1e-2, z-loss 1e-3 (section 3.3),
+    # Switch's initialisation (section 6.2): 0.0099 for a fan-in of 1024. Theirs is an encoder and a decoder (4.1 B);
+    # this decoder alone has 1.99 B parameters, 431.7 M active.
     "st-moe-like": ModelConfig(
         vocab_size=32_000,
         seq_len=512,
         d_model=1024,
-        n_layers=24,
+        n_layers=27,
         n_heads=16,
         n_kv_heads=16,
         head_dim=64,
         d_ff_dense=2816,
         n_experts=32,
         d_ff_expert=2816,
-        activation="gelu",
         moe_every=4,
+        init_std=0.0099,
         router=RouterConfig(
             experts_per_token=2,
             balance_loss=0.01,
             z_loss=0.001,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
+            capacity_factor=1.25 / 2,
+            eval_capacity_factor=2.0 / 2,
         ),
     ),
 }

@@ -1,0 +1,90 @@
+"""The presets build, have the sizes their comments state, and follow their papers' recipes."""
+
+# pyright: basic
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe_net.model.config import PRESETS, ModelConfig, RouterConfig, preset
+from moe_net.model.local_moe import LocalMoE
+from moe_net.model.transformer import Transformer
+
+# Total and active parameters, in millions: the figures of the comments in `model/config.py`.
+STATED = {
+    "tiny": (1.81, 0.63),
+    "small": (207.9, 31.7),
+    "switch-base-like": (3706, 110.1),
+    "glam-like": (1893, 138.1),
+    "st-moe-like": (1989, 431.7),
+}
+
+
+def test_every_preset_has_a_stated_size() -> None:
+    assert set(STATED) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_builds_on_the_meta_device_with_the_stated_parameter_counts(name: str) -> None:
+    config = preset(name)
+    with torch.device("meta"):
+        model = Transformer(config, lambda layer: LocalMoE(config, layer))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trunk = sum(parameter.numel() for parameter in model.trunk_parameters().values())
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert (total, trunk) == (config.total_parameters, config.trunk_parameters)
+    total_millions, active_millions = STATED[name]
+    assert total / 1e6 == pytest.approx(total_millions, rel=3e-3)
+    assert config.active_parameters / 1e6 == pytest.approx(active_millions, rel=3e-3)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_parameter_counts_hold_for_every_shape(activation: str, tie_embeddings: bool) -> None:
+    config = preset("tiny", activation=activation, tie_embeddings=tie_embeddings, moe_every=3, n_layers=7)
+    with torch.device("meta"):
+        model = Transformer(config, lambda layer: LocalMoE(config, layer))
+    assert sum(parameter.numel() for parameter in model.parameters()) == config.total_parameters
+
+
+def test_sparse_layers_are_those_of_the_papers() -> None:
+    assert preset("switch-base-like").moe_layers == (1, 3, 5, 7, 9, 11)
+    assert preset("glam-like").moe_layers == (1, 3, 5, 7, 9, 11)
+    assert preset("st-moe-like").moe_layers == (3, 7, 11, 15, 19, 23)
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "evaluation"), [("switch-base-like", 1.25, 2.0), ("glam-like", 2.0, 2.0), ("st-moe-like", 1.25, 2.0)]
+)
+def test_capacities_counted_in_tokens_are_those_of_the_papers(name: str, train: float, evaluation: float) -> None:
+    router = preset(name).router
+    assert router.capacity_factor * router.experts_per_token == train
+    assert router.eval_capacity_factor * router.experts_per_token == evaluation
+
+
+def test_switch_is_raw_top_1_with_jitter_and_st_moe_has_the_z_loss() -> None:
+    switch, st_moe = preset("switch-base-like").router, preset("st-moe-like").router
+    assert (switch.experts_per_token, switch.combine, switch.jitter, switch.z_loss) == (1, "raw", 0.01, 0.0)
+    assert (st_moe.experts_per_token, st_moe.balance_loss, st_moe.z_loss) == (2, 0.01, 0.001)
+
+
+def test_an_unknown_preset_names_the_choices() -> None:
+    with pytest.raises(ValueError, match="tiny, small"):
+        preset("huge")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"router": RouterConfig(overflow="lowest_gate")}, "leaks the future"),
+        ({"head_dim": 33}, "head_dim=33"),
+        ({"n_kv_heads": 3}, "n_kv_heads=3"),
+        ({"router": RouterConfig(experts_per_token=9)}, "experts_per_token=9"),
+        ({"moe_every": 0}, "moe_every"),
+    ],
+)
+def test_a_model_that_cannot_work_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ModelConfig(), **changes)  # type: ignore[arg-type]

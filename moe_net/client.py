@@ -1,0 +1,137 @@
+"""Ways to a SwarmLink: join a run over the network, or host every expert in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+
+from moe_net.config import RunConfig, from_json
+from moe_net.discovery.dht import DhtDiscovery
+from moe_net.discovery.directory import DirectoryWatcher
+from moe_net.discovery.join import resolve_join
+from moe_net.errors import JoinError
+from moe_net.experts.bank import ExpertBank
+from moe_net.experts.host import ExpertHost
+from moe_net.model.remote_moe import SwarmLink
+from moe_net.placement.view import View
+from moe_net.rpc.grpc_client import GrpcTransport
+from moe_net.rpc.local import LocalTransport
+from moe_net.rpc.policy import CallPolicy
+from moe_net.rpc.portal import Portal
+from moe_net.rpc.swarm import ExpertSwarm
+from moe_net.trace import EventSink, ignore
+from moe_net.types import Encoding, ExpertId, PeerInfo
+
+
+def make_banks(run: RunConfig, experts: Sequence[ExpertId]) -> dict[int, ExpertBank]:
+    """Fresh experts of a run, one bank per layer; the same weights wherever they are made."""
+    banks: dict[int, ExpertBank] = {}
+    for layer in sorted({expert.layer for expert in experts}):
+        banks[layer] = ExpertBank(
+            layer=layer,
+            indices=sorted(expert.index for expert in experts if expert.layer == layer),
+            shape=run.model.expert_shape,
+            optimizer=run.optimizer,
+            global_batch_tokens=run.global_batch_tokens,
+            run=run.name,
+            seed=run.seed,
+            init_std=run.model.init_std,
+        )
+    return banks
+
+
+@contextmanager
+def host_here(
+    run: RunConfig, *, n_peers: int = 1, encoding: Encoding = Encoding.FP32, on_event: EventSink = ignore
+) -> Iterator[SwarmLink]:
+    """Every expert of the run in this process, dealt out to `n_peers` hosts that are called without a network."""
+    dealt = [[e for e in run.model.expert_ids if e.index % n_peers == peer] for peer in range(n_peers)]
+    peers = [
+        PeerInfo(peer_id=f"here-{i}", address="", experts=tuple(experts)) for i, experts in enumerate(dealt) if experts
+    ]
+    hosts = {peer.peer_id: ExpertHost(make_banks(run, peer.experts)) for peer in peers}
+    view = View(peers)
+    with Portal() as portal:
+        swarm = ExpertSwarm(
+            trainer="here", transport=LocalTransport(hosts), view=lambda: view, encoding=encoding, on_event=on_event
+        )
+        yield SwarmLink(swarm=swarm, runner=portal)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """A trainer's place in a run that goes on elsewhere."""
+
+    run: RunConfig
+    link: SwarmLink
+    directory: DirectoryWatcher
+    transport: GrpcTransport
+
+
+@contextmanager
+def join_run(
+    addresses: Sequence[str],
+    *,
+    name: str | None = None,
+    trainer: str = "trainer",
+    policy: CallPolicy | None = None,
+    on_event: EventSink = ignore,
+    wait_s: float = 60.0,
+) -> Iterator[Membership]:
+    """Join the run `name` (None: the only one there) by any of `addresses`; waits for its experts.
+
+    An address is a coordinator's `host:port` or the libp2p address of any member. JoinError says what was tried, or
+    which experts nobody hosts after `wait_s`.
+    """
+    with Portal() as portal:
+        stack = AsyncExitStack()
+        try:
+            yield portal.run(_join(stack, portal, addresses, name, trainer, policy, on_event, wait_s))
+        finally:
+            portal.run(stack.aclose())
+
+
+async def _join(
+    stack: AsyncExitStack,
+    portal: Portal,
+    addresses: Sequence[str],
+    name: str | None,
+    trainer: str,
+    policy: CallPolicy | None,
+    on_event: EventSink,
+    wait_s: float,
+) -> Membership:
+    manifest, members = await resolve_join(addresses)
+    # The DHT before the first gRPC channel of this process (design, D1).
+    discovery = await stack.enter_async_context(await DhtDiscovery.create(run=name, join=members, client_mode=True))
+    manifest = manifest or await discovery.get_manifest()
+    if manifest is None:
+        raise JoinError(f"nobody has the manifest of run {name or '(any)'}: is its name right?")
+    run = from_json(RunConfig, manifest)
+    if name is not None and run.name != name:
+        raise JoinError(f"{', '.join(addresses)} belongs to run {run.name!r}, not {name!r}")
+    directory = await stack.enter_async_context(DirectoryWatcher(discovery, interval_s=run.record_ttl_s / 6))
+    wanted = frozenset(run.model.expert_ids)
+    try:
+        await directory.wait_for(lambda view: wanted <= view.experts, wait_s)
+    except TimeoutError:
+        missing = sorted(wanted - directory.view.experts)
+        raise JoinError(
+            f"after {wait_s:.0f} s nobody hosts {len(missing)} of {len(wanted)} experts "
+            f"({', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}); "
+            f"{len(directory.view.peers)} peers are there. Start more: moe-peer serve --join {addresses[0]}"
+        ) from None
+    transport = GrpcTransport(run=run.name, shape=run.model.expert_shape)
+    stack.push_async_callback(transport.close)
+    swarm = ExpertSwarm(
+        trainer=trainer,
+        transport=transport,
+        view=lambda: directory.view,
+        encoding=run.wire_encoding,
+        policy=policy,
+        on_event=on_event,
+    )
+    return Membership(
+        run=run, link=SwarmLink(swarm=swarm, runner=portal), directory=directory, transport=transport
+    )

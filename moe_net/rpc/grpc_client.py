@@ -1,0 +1,183 @@
+"""ExpertTransport over gRPC: one channel per address, raw bytes through our codec.
+
+Create it, and use it, on the event loop that shall own the channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import grpc
+import grpc.aio
+from torch import Tensor
+
+from moe_net.errors import CheckpointError, WireError
+from moe_net.experts.snapshot import unpack
+from moe_net.proto.v1 import expert_pb2
+from moe_net.rpc.base import CallError, CallFailure
+from moe_net.types import ExpertShape, PeerInfo
+from moe_net.wire import codec
+from moe_net.wire.messages import (
+    BackwardAnswer,
+    BackwardCall,
+    CommitAnswer,
+    CommitCall,
+    ForwardAnswer,
+    ForwardCall,
+)
+from moe_net.wire.validate import Limits
+
+AnswerT = TypeVar("AnswerT")
+SERVICE = "/moe_net.v1.ExpertService/"
+
+_FAILURES = {
+    grpc.StatusCode.UNAVAILABLE: CallFailure.UNREACHABLE,
+    grpc.StatusCode.CANCELLED: CallFailure.UNREACHABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: CallFailure.LATE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: CallFailure.BUSY,
+    grpc.StatusCode.FAILED_PRECONDITION: CallFailure.INPUTS_GONE,
+    grpc.StatusCode.ABORTED: CallFailure.STALE_STEP,
+}
+
+
+def channel_options(limits: Limits) -> list[tuple[str, Any]]:
+    """gRPC channel arguments that clients and servers share."""
+    return [
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        # A volunteer's machine comes back within seconds more often than not.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+        # A peer that vanished without a word (power, cable) is noticed by unanswered pings.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        # Every trainer has a connection of its own to a peer, even within one process.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Message bytes (HTTP/2 framing not included) and calls since the start."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    calls: int = 0
+
+
+@dataclass(slots=True)
+class _Link:
+    channel: grpc.aio.Channel
+    methods: dict[str, Callable[..., Any]]
+
+
+class GrpcTransport:
+    """Calls expert servers by the address in their record."""
+
+    def __init__(self, *, run: str, shape: ExpertShape, limits: Limits | None = None) -> None:
+        """`run` and `shape` are what a peer's experts must be of, when their state is fetched."""
+        self._run = run
+        self._shape = shape
+        self._limits = limits or Limits()
+        self._links: dict[str, _Link] = {}
+        self.traffic = Traffic()
+
+    def _link(self, address: str) -> _Link:
+        link = self._links.get(address)
+        if link is None:
+            channel = grpc.aio.insecure_channel(address, options=channel_options(self._limits))
+            methods: dict[str, Callable[..., Any]] = {
+                # No (de)serialiser: raw bytes in, raw bytes out.
+                name: channel.unary_unary(SERVICE + name)
+                for name in ("Forward", "Backward", "Commit", "Info")
+            }
+            methods["Fetch"] = channel.unary_stream(SERVICE + "Fetch")
+            link = self._links[address] = _Link(channel, methods)
+        return link
+
+    async def _call(
+        self, peer: PeerInfo, method: str, request: bytes, read: Callable[[bytes], AnswerT], timeout_s: float
+    ) -> AnswerT:
+        self.traffic.calls += 1
+        self.traffic.sent_bytes += len(request)
+        call = self._link(peer.address).methods[method]
+        reply = await _answer(peer, cast("Awaitable[bytes]", call(request, timeout=timeout_s)))
+        self.traffic.received_bytes += len(reply)
+        try:
+            return read(reply)
+        except WireError as error:
+            raise CallError(CallFailure.REFUSED, peer.peer_id, f"unreadable answer to {method}: {error}") from error
+
+    async def forward(self, peer: PeerInfo, call: ForwardCall, *, timeout_s: float) -> ForwardAnswer:
+        request = codec.encode_forward_call(call)
+        answer = await self._call(
+            peer, "Forward", request, lambda data: codec.decode_forward_answer(data, self._limits), timeout_s
+        )
+        _same_shape(peer, answer.y_RD, call.rows.x_RD)
+        return answer
+
+    async def backward(self, peer: PeerInfo, call: BackwardCall, *, timeout_s: float) -> BackwardAnswer:
+        request = codec.encode_backward_call(call)
+        answer = await self._call(
+            peer, "Backward", request, lambda data: codec.decode_backward_answer(data, self._limits), timeout_s
+        )
+        _same_shape(peer, answer.dx_RD, call.grad_RD)
+        return answer
+
+    async def commit(self, peer: PeerInfo, call: CommitCall, *, timeout_s: float) -> CommitAnswer:
+        return await self._call(
+            peer, "Commit", codec.encode_commit_call(call), codec.decode_commit_answer, timeout_s
+        )
+
+    async def info(self, peer: PeerInfo, *, timeout_s: float) -> expert_pb2.InfoReply:
+        """What the peer says of itself now."""
+        request = expert_pb2.InfoRequest().SerializeToString()
+        return await self._call(peer, "Info", request, expert_pb2.InfoReply.FromString, timeout_s)
+
+    async def fetch(
+        self, peer: PeerInfo, layer: int, expert_index: Sequence[int], *, timeout_s: float
+    ) -> dict[str, Tensor]:
+        request = expert_pb2.FetchRequest(layer=layer, expert_index=list(expert_index)).SerializeToString()
+        self.traffic.calls += 1
+        self.traffic.sent_bytes += len(request)
+        stream = self._link(peer.address).methods["Fetch"](request, timeout=timeout_s)
+        chunks: list[bytes] = []
+        claimed = b""
+        while True:
+            data = await _answer(peer, cast("Awaitable[bytes]", stream.read()))
+            if data is grpc.aio.EOF:
+                break
+            self.traffic.received_bytes += len(data)
+            chunk = expert_pb2.FetchChunk.FromString(data)
+            chunks.append(chunk.data)
+            claimed = chunk.sha256 or claimed
+        whole = b"".join(chunks)
+        if hashlib.sha256(whole).digest() != claimed:
+            raise CallError(CallFailure.REFUSED, peer.peer_id, f"state of layer {layer} does not match its checksum")
+        try:
+            return unpack(whole, run=self._run, shape=self._shape)
+        except CheckpointError as error:
+            raise CallError(CallFailure.REFUSED, peer.peer_id, str(error)) from error
+
+    async def close(self) -> None:
+        links, self._links = self._links, {}
+        for link in links.values():
+            await link.channel.close()
+
+
+async def _answer(peer: PeerInfo, call: Awaitable[bytes]) -> bytes:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        failure = _FAILURES.get(error.code(), CallFailure.REFUSED)
+        detail = f"{error.code().name}: {error.details()}"
+        raise CallError(failure, peer.peer_id, detail) from error
+
+
+def _same_shape(peer: PeerInfo, answer_RD: Tensor, asked_RD: Tensor) -> None:
+    if answer_RD.shape != asked_RD.shape:
+        detail = f"answered {tuple(answer_RD.shape)} to rows of {tuple(asked_RD.shape)}"
+        raise CallError(CallFailure.REFUSED, peer.peer_id, detail)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ def make_banks(run: RunConfig, experts: Sequence[ExpertId]) -> dict[int, ExpertB
 @contextmanager
 def host_here(
     run: RunConfig, *, n_peers: int = 1, encoding: Encoding = Encoding.FP32, on_event: EventSink = ignore
-) -> Iterator[SwarmLink]:
+) -> Generator[SwarmLink]:
     """Every expert of the run in this process, dealt out to `n_peers` hosts that are called without a network."""
     dealt = [[e for e in run.model.expert_ids if e.index % n_peers == peer] for peer in range(n_peers)]
     peers = [
@@ -78,7 +78,7 @@ def join_run(
     policy: CallPolicy | None = None,
     on_event: EventSink = ignore,
     wait_s: float = 60.0,
-) -> Iterator[Membership]:
+) -> Generator[Membership]:
     """Join the run `name` (None: the only one there) by any of `addresses`; waits for its experts.
 
     An address is a coordinator's `host:port` or the libp2p address of any member. JoinError says what was tried, or
@@ -102,13 +102,14 @@ async def _join(
     on_event: EventSink,
     wait_s: float,
 ) -> Membership:
-    manifest, members = await resolve_join(addresses)
-    # The DHT before the first gRPC channel of this process (design, D1).
-    discovery = await stack.enter_async_context(await DhtDiscovery.create(run=name, join=members, client_mode=True))
-    manifest = manifest or await discovery.get_manifest()
-    if manifest is None:
-        raise JoinError(f"nobody has the manifest of run {name or '(any)'}: is its name right?")
-    run = from_json(RunConfig, manifest)
+    joined = await resolve_join(addresses)
+    known = None if joined.manifest_json is None else from_json(RunConfig, joined.manifest_json)
+    # The DHT before the first gRPC channel that stays (design, D1).
+    discovery = await DhtDiscovery.create(
+        run=name if known is None else known.name, join=joined.dht_addresses, client_mode=True
+    )
+    stack.push_async_callback(discovery.close)
+    run = known or await _manifest_from_dht(discovery, name)
     if name is not None and run.name != name:
         raise JoinError(f"{', '.join(addresses)} belongs to run {run.name!r}, not {name!r}")
     directory = await stack.enter_async_context(DirectoryWatcher(discovery, interval_s=run.record_ttl_s / 6))
@@ -132,6 +133,11 @@ async def _join(
         policy=policy,
         on_event=on_event,
     )
-    return Membership(
-        run=run, link=SwarmLink(swarm=swarm, runner=portal), directory=directory, transport=transport
-    )
+    return Membership(run=run, link=SwarmLink(swarm=swarm, runner=portal), directory=directory, transport=transport)
+
+
+async def _manifest_from_dht(discovery: DhtDiscovery, name: str | None) -> RunConfig:
+    manifest = await discovery.get_manifest()
+    if manifest is None:
+        raise JoinError(f"nobody has the manifest of {'any run' if name is None else f'run {name!r}'}")
+    return from_json(RunConfig, manifest)

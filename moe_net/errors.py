@@ -19,6 +19,10 @@ class RecordError(MoeNetError):
     """A discovery record that is malformed, forged, of another run, or expired."""
 
 
+class DiscoveryError(MoeNetError):
+    """The directory cannot be read or written just now; what was known before still holds."""
+
+
 class NoLiveExpertsError(MoeNetError):
     """Fewer live experts in a layer than a token needs: training cannot go on."""
 

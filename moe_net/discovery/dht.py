@@ -130,6 +130,11 @@ class _Daemon(P2P):
         try:
             async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
                 await self.shutdown()
+                if self._reader_task is not None:
+                    await asyncio.wait([self._reader_task])
+                if self._child is not None and self._child.stdout is not None:
+                    # Until its pipe is at the end, asyncio keeps the transport of a process open.
+                    await self._child.stdout.read()
         except TimeoutError:
             log.warning("the libp2p daemon did not stop within %.0f s and is killed", _SHUTDOWN_TIMEOUT_S)
         finally:
@@ -230,7 +235,7 @@ class DhtDiscovery:
         if client_mode and not join:
             raise ValueError("a client keeps nothing and needs a member to join: give the address of one")
         members = [_peer_in(address) for address in join]
-        directory = await asyncio.to_thread(_socket_directory)
+        directory = _socket_directory()
         validator = _Validator(shards)
         if run is not None:
             validator.guard(run)
@@ -310,7 +315,13 @@ class DhtDiscovery:
         run = self._require_run()
         if len(manifest_json.encode()) > MAX_MANIFEST_BYTES:
             raise ValueError(f"the manifest has more than {MAX_MANIFEST_BYTES} bytes")
-        await self._store([(manifest_key(run), None, manifest_json, expires_at_s), (RUNS_KEY, run, True, expires_at_s)])
+        entries = [(manifest_key(run), None, manifest_json, expires_at_s), (RUNS_KEY, run, True, expires_at_s)]
+        try:
+            await self._store(entries)
+        except DiscoveryError:
+            # Somebody else's, with a later expiry, serves as well.
+            if await self.get_manifest() is None:
+                raise
 
     async def get_manifest(self) -> str | None:
         """The run's manifest, if anybody published it; without a run, that of the only one there is."""
@@ -352,8 +363,9 @@ class DhtDiscovery:
             task.cancel()
         try:
             async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
-                # Takes the daemon's word that our handlers are gone: never comes when it has died.
-                await self._node.shutdown()
+                # Waits for the daemon's word that our handlers are gone.
+                if not self._daemon.has_exited:
+                    await self._node.shutdown()
         except (TimeoutError, P2PDaemonError, OSError) as error:
             log.debug("the DHT node did not shut down: %r", error)
         finally:
@@ -372,7 +384,8 @@ class DhtDiscovery:
 
     async def _get(self, keys: Sequence[str]) -> dict[str, Any]:
         """The newest value of each key: a mapping subkey -> (value, expiration_time), a plain value, or None."""
-        found = await self._bounded(self._node.get_many(keys, sufficient_expiration_time=math.inf, beam_size=BEAM))
+        search = self._node.get_many(keys, sufficient_expiration_time=math.inf, beam_size=BEAM)
+        found = await self._bounded(cast("Coroutine[Any, Any, dict[str, Any]]", search))
         return {key: None if entry is None else entry.value for key, entry in found.items()}
 
     async def _store(self, entries: Sequence[tuple[str, str | None, Any, float]]) -> None:

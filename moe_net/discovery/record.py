@@ -259,10 +259,11 @@ def open_record(data: bytes) -> Record:
         message = record_pb2.PeerRecord.FromString(signed.payload)
     except DecodeError as error:
         raise RecordError(f"malformed record: {error}") from error
-    if (
-        signed.SerializeToString(deterministic=True) != data
-        or message.SerializeToString(deterministic=True) != signed.payload
-    ):
+    # protobuf keeps unknown fields and would write them again: bytes that no signature covers.
+    signed.DiscardUnknownFields()
+    message.DiscardUnknownFields()
+    canonical = message.SerializeToString(deterministic=True) == signed.payload
+    if not canonical or signed.SerializeToString(deterministic=True) != data:
         raise RecordError("malformed record: not in canonical encoding, or with unknown fields")
     if len(message.public_key) != PUBLIC_KEY_BYTES:
         raise RecordError(f"malformed record: a public key of {len(message.public_key)} bytes")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ class Routing:
     """int64 scalar: pairs dropped by the capacity limit."""
 
 
-def combine_denominator(gates_TK: Tensor, answered_TK: Tensor, mode: Literal["normalized", "raw"]) -> Tensor:
+def combine_denominator(gates_TK: Tensor, answered_TK: Tensor, mode: str) -> Tensor:
     """Z of `y = sum_s P_s / Z` (DESIGN D4), shape [T], differentiable in the gates.
 
     "normalized": the sum of the gates over the pairs that answered; pairs dropped by capacity did not. (GShard
@@ -56,7 +55,10 @@ def combine_denominator(gates_TK: Tensor, answered_TK: Tensor, mode: Literal["no
 
     Args:
         answered_TK: bool; pairs whose expert ran.
+        mode: `RouterConfig.combine`; ValueError if it is neither.
     """
+    if mode not in ("normalized", "raw"):
+        raise ValueError(f'combine={mode!r} is neither "normalized" nor "raw"')
     if mode == "raw":
         return torch.ones_like(gates_TK[:, 0])
     total_T = gates_TK.masked_fill(~answered_TK, 0.0).sum(1)

@@ -141,7 +141,10 @@ class Transformer(nn.Module):
         sparse = frozenset(config.moe_layers)
         # torch's layers draw their default weights from the global generator: give it back as it was.
         with torch.random.fork_rng(devices=[]):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+            # Not `nn.Embedding(V, D)`: its default weights, on the meta device, import torch's compiler (4 s).
+            self.embed_tokens = nn.Embedding.from_pretrained(
+                torch.empty(config.vocab_size, config.d_model), freeze=False
+            )
             self.layers = nn.ModuleList(
                 Block(config, moe(i) if i in sparse else DenseFFN(config), sparse=i in sparse)
                 for i in range(config.n_layers)

@@ -91,10 +91,10 @@ class GrpcTransport:
             channel = grpc.aio.insecure_channel(address, options=channel_options(self._limits))
             methods: dict[str, Callable[..., Any]] = {
                 # No (de)serialiser: raw bytes in, raw bytes out.
-                name: channel.unary_unary(SERVICE + name)
+                name: channel.unary_unary(SERVICE + name, None, None)
                 for name in ("Forward", "Backward", "Commit", "Info")
             }
-            methods["Fetch"] = channel.unary_stream(SERVICE + "Fetch")
+            methods["Fetch"] = channel.unary_stream(SERVICE + "Fetch", None, None)
             link = self._links[address] = _Link(channel, methods)
         return link
 
@@ -128,9 +128,7 @@ class GrpcTransport:
         return answer
 
     async def commit(self, peer: PeerInfo, call: CommitCall, *, timeout_s: float) -> CommitAnswer:
-        return await self._call(
-            peer, "Commit", codec.encode_commit_call(call), codec.decode_commit_answer, timeout_s
-        )
+        return await self._call(peer, "Commit", codec.encode_commit_call(call), codec.decode_commit_answer, timeout_s)
 
     async def info(self, peer: PeerInfo, *, timeout_s: float) -> expert_pb2.InfoReply:
         """What the peer says of itself now."""
@@ -148,7 +146,7 @@ class GrpcTransport:
         claimed = b""
         while True:
             data = await _answer(peer, cast("Awaitable[bytes]", stream.read()))
-            if data is grpc.aio.EOF:
+            if not data:  # grpc.aio.EOF
                 break
             self.traffic.received_bytes += len(data)
             chunk = expert_pb2.FetchChunk.FromString(data)
@@ -165,7 +163,7 @@ class GrpcTransport:
     async def close(self) -> None:
         links, self._links = self._links, {}
         for link in links.values():
-            await link.channel.close()
+            await link.channel.close(None)
 
 
 async def _answer(peer: PeerInfo, call: Awaitable[bytes]) -> bytes:

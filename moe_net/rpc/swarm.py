@@ -180,9 +180,7 @@ class ExpertSwarm:
         self.stats.dropped_pairs += int(pending_TK.sum())
         return result
 
-    def _choose(
-        self, view: View, layer: int, wanted: Counter[int], tried: set[tuple[int, str]]
-    ) -> dict[int, str]:
+    def _choose(self, view: View, layer: int, wanted: Counter[int], tried: set[tuple[int, str]]) -> dict[int, str]:
         # One expert's replicas that failed these very rows are not asked again for them.
         failed = {peer for expert, peer in tried if expert in wanted}
         return select(view.without(failed) if failed else view, layer, wanted, salt=self._salt)
@@ -207,9 +205,7 @@ class ExpertSwarm:
 
     # Backward ---------------------------------------------------------------------------------------------
 
-    async def backward(
-        self, answered: list[Answered], grad_TD: Tensor, n_pairs: int
-    ) -> tuple[Tensor, Tensor]:
+    async def backward(self, answered: list[Answered], grad_TD: Tensor, n_pairs: int) -> tuple[Tensor, Tensor]:
         """Gradients of x [T, D] and of the gates [n_pairs, flattened T*K] from the servers that ran forward."""
         deadline_s = self._clock_s() + self._policy.backward_timeout_s
         dx_TD = torch.zeros_like(grad_TD)
@@ -324,7 +320,8 @@ class ExpertSwarm:
         cost_s = self._clock_s() - started_s
         self._on_event(
             FaultEvent(
-                what=what, peer=peer.peer_id, layer=layer, action=action, cost_s=cost_s, pairs=pairs, detail=error.detail
+                what=what, peer=peer.peer_id, layer=layer, action=action, cost_s=cost_s, pairs=pairs,
+                detail=error.detail,
             )
         )  # fmt: skip
         before = usable(self._health, peer.peer_id, self._clock_s(), self._health_config)

@@ -18,7 +18,9 @@ def routings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, dict[int, str
     k = draw(st.integers(1, 4))
     ids = [draw(st.permutations(range(E)))[:k] for _ in range(n_tokens)]
     ids_TK = torch.tensor(ids, dtype=torch.int64).reshape(n_tokens, k)
-    dropped = torch.tensor(draw(st.lists(st.booleans(), min_size=n_tokens * k, max_size=n_tokens * k)), dtype=torch.bool)
+    dropped = torch.tensor(
+        draw(st.lists(st.booleans(), min_size=n_tokens * k, max_size=n_tokens * k)), dtype=torch.bool
+    )
     ids_TK = ids_TK.masked_fill(dropped.reshape(n_tokens, k), -1)
     hosted = draw(st.dictionaries(st.integers(0, E - 1), st.sampled_from(["a", "b", "c"])))
     pending_TK = ids_TK >= 0

@@ -120,6 +120,7 @@ class ForwardRequest(_message.Message):
     TRAIN_FIELD_NUMBER: _builtins.int
     REPLY_ENCODING_FIELD_NUMBER: _builtins.int
     X_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
     EXPERTS_PER_ROW_FIELD_NUMBER: _builtins.int
     EXPERT_INDEX_FIELD_NUMBER: _builtins.int
     GATE_FIELD_NUMBER: _builtins.int
@@ -133,6 +134,7 @@ class ForwardRequest(_message.Message):
     train: _builtins.bool
     """keep the inputs for Backward"""
     reply_encoding: _tensor_pb2.Encoding.ValueType
+    padding: _builtins.bytes
     x_data: _builtins.bytes
     @_builtins.property
     def x(self) -> _tensor_pb2.Matrix:
@@ -160,6 +162,7 @@ class ForwardRequest(_message.Message):
         train: _builtins.bool = ...,
         reply_encoding: _tensor_pb2.Encoding.ValueType = ...,
         x: _tensor_pb2.Matrix | None = ...,
+        padding: _builtins.bytes = ...,
         experts_per_row: _abc.Iterable[_builtins.int] | None = ...,
         expert_index: _abc.Iterable[_builtins.int] | None = ...,
         gate: _abc.Iterable[_builtins.float] | None = ...,
@@ -167,7 +170,7 @@ class ForwardRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["x", b"x"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "expert_index", b"expert_index", "experts_per_row", b"experts_per_row", "gate", b"gate", "layer", b"layer", "reply_encoding", b"reply_encoding", "step", b"step", "train", b"train", "trainer", b"trainer", "x", b"x", "x_data", b"x_data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "expert_index", b"expert_index", "experts_per_row", b"experts_per_row", "gate", b"gate", "layer", b"layer", "padding", b"padding", "reply_encoding", b"reply_encoding", "step", b"step", "train", b"train", "trainer", b"trainer", "x", b"x", "x_data", b"x_data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -205,7 +208,9 @@ class ForwardReply(_message.Message):
     EXPERT_INDEX_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
     Y_DATA_FIELD_NUMBER: _builtins.int
+    padding: _builtins.bytes
     y_data: _builtins.bytes
     @_builtins.property
     def y(self) -> _tensor_pb2.Matrix:
@@ -233,11 +238,12 @@ class ForwardReply(_message.Message):
         expert_index: _abc.Iterable[_builtins.int] | None = ...,
         version: _abc.Iterable[_builtins.int] | None = ...,
         timing: Global___Timing | None = ...,
+        padding: _builtins.bytes = ...,
         y_data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing", "y", b"y"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_index", b"expert_index", "failed_expert", b"failed_expert", "timing", b"timing", "version", b"version", "y", b"y", "y_data", b"y_data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_index", b"expert_index", "failed_expert", b"failed_expert", "padding", b"padding", "timing", b"timing", "version", b"version", "y", b"y", "y_data", b"y_data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -254,6 +260,7 @@ class BackwardRequest(_message.Message):
     REPLY_ENCODING_FIELD_NUMBER: _builtins.int
     GRAD_FIELD_NUMBER: _builtins.int
     X_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
     EXPERTS_PER_ROW_FIELD_NUMBER: _builtins.int
     EXPERT_INDEX_FIELD_NUMBER: _builtins.int
     GATE_FIELD_NUMBER: _builtins.int
@@ -265,6 +272,7 @@ class BackwardRequest(_message.Message):
     step: _builtins.int
     layer: _builtins.int
     reply_encoding: _tensor_pb2.Encoding.ValueType
+    padding: _builtins.bytes
     x_data: _builtins.bytes
     grad_data: _builtins.bytes
     @_builtins.property
@@ -291,6 +299,7 @@ class BackwardRequest(_message.Message):
         reply_encoding: _tensor_pb2.Encoding.ValueType = ...,
         grad: _tensor_pb2.Matrix | None = ...,
         x: _tensor_pb2.Matrix | None = ...,
+        padding: _builtins.bytes = ...,
         experts_per_row: _abc.Iterable[_builtins.int] | None = ...,
         expert_index: _abc.Iterable[_builtins.int] | None = ...,
         gate: _abc.Iterable[_builtins.float] | None = ...,
@@ -299,7 +308,7 @@ class BackwardRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grad", b"grad", "x", b"x"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "expert_index", b"expert_index", "experts_per_row", b"experts_per_row", "gate", b"gate", "grad", b"grad", "grad_data", b"grad_data", "layer", b"layer", "reply_encoding", b"reply_encoding", "step", b"step", "trainer", b"trainer", "x", b"x", "x_data", b"x_data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "expert_index", b"expert_index", "experts_per_row", b"experts_per_row", "gate", b"gate", "grad", b"grad", "grad_data", b"grad_data", "layer", b"layer", "padding", b"padding", "reply_encoding", b"reply_encoding", "step", b"step", "trainer", b"trainer", "x", b"x", "x_data", b"x_data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -314,10 +323,12 @@ class BackwardReply(_message.Message):
     EXPERT_INDEX_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
     GATE_GRAD_FIELD_NUMBER: _builtins.int
     DX_DATA_FIELD_NUMBER: _builtins.int
     repeated_call: _builtins.bool
     """had been applied before; nothing was added now"""
+    padding: _builtins.bytes
     dx_data: _builtins.bytes
     @_builtins.property
     def dx(self) -> _tensor_pb2.Matrix:
@@ -341,12 +352,13 @@ class BackwardReply(_message.Message):
         expert_index: _abc.Iterable[_builtins.int] | None = ...,
         version: _abc.Iterable[_builtins.int] | None = ...,
         timing: Global___Timing | None = ...,
+        padding: _builtins.bytes = ...,
         gate_grad: _abc.Iterable[_builtins.float] | None = ...,
         dx_data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dx", b"dx", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dx", b"dx", "dx_data", b"dx_data", "expert_index", b"expert_index", "gate_grad", b"gate_grad", "repeated_call", b"repeated_call", "timing", b"timing", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dx", b"dx", "dx_data", b"dx_data", "expert_index", b"expert_index", "gate_grad", b"gate_grad", "padding", b"padding", "repeated_call", b"repeated_call", "timing", b"timing", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

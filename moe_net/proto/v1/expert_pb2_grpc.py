@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class ExpertServiceStub:
     """The experts of one peer. Every tensor is the last field of its message (see tensor.proto); the packed
-    fixed32/float arrays before it are little-endian arrays on the wire already.
+    fixed32/float arrays before it are little-endian arrays on the wire already. `padding` carries nothing: a
+    sender may put up to 15 bytes there so that a tensor starts at a multiple of 16 within the message.
     """
 
     def __init__(self, channel):
@@ -65,7 +66,8 @@ class ExpertServiceStub:
 
 class ExpertServiceServicer:
     """The experts of one peer. Every tensor is the last field of its message (see tensor.proto); the packed
-    fixed32/float arrays before it are little-endian arrays on the wire already.
+    fixed32/float arrays before it are little-endian arrays on the wire already. `padding` carries nothing: a
+    sender may put up to 15 bytes there so that a tensor starts at a multiple of 16 within the message.
     """
 
     def Info(self, request, context):
@@ -141,7 +143,8 @@ def add_ExpertServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ExpertService:
     """The experts of one peer. Every tensor is the last field of its message (see tensor.proto); the packed
-    fixed32/float arrays before it are little-endian arrays on the wire already.
+    fixed32/float arrays before it are little-endian arrays on the wire already. `padding` carries nothing: a
+    sender may put up to 15 bytes there so that a tensor starts at a multiple of 16 within the message.
     """
 
     @staticmethod

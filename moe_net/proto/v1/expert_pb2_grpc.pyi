@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class ExpertServiceStub:
     """The experts of one peer. Every tensor is the last field of its message (see tensor.proto); the packed
-    fixed32/float arrays before it are little-endian arrays on the wire already.
+    fixed32/float arrays before it are little-endian arrays on the wire already. `padding` carries nothing: a
+    sender may put up to 15 bytes there so that a tensor starts at a multiple of 16 within the message.
     """
 
     @_typing.overload
@@ -49,7 +50,8 @@ class ExpertServiceStub:
 @_typing.type_check_only
 class ExpertServiceAsyncStub(ExpertServiceStub):
     """The experts of one peer. Every tensor is the last field of its message (see tensor.proto); the packed
-    fixed32/float arrays before it are little-endian arrays on the wire already.
+    fixed32/float arrays before it are little-endian arrays on the wire already. `padding` carries nothing: a
+    sender may put up to 15 bytes there so that a tensor starts at a multiple of 16 within the message.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -66,7 +68,8 @@ class ExpertServiceAsyncStub(ExpertServiceStub):
 
 class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
     """The experts of one peer. Every tensor is the last field of its message (see tensor.proto); the packed
-    fixed32/float arrays before it are little-endian arrays on the wire already.
+    fixed32/float arrays before it are little-endian arrays on the wire already. `padding` carries nothing: a
+    sender may put up to 15 bytes there so that a tensor starts at a multiple of 16 within the message.
     """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,369 @@
+"""The experts of one peer behind the calls of ExpertService: checks, merging, exactly-once. No network, no threads.
+
+R rows, D model width, K most experts of any row, P (row, expert) pairs; merged calls have the sums of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moe_net.errors import ExpertCallError, UnknownExpertError, WireError
+from moe_net.experts.bank import BankSaved, ExpertBank
+from moe_net.experts.callbook import BookSizes, CallBook, CallFacts
+from moe_net.types import ExpertId, ExpertShape
+from moe_net.wire.messages import (
+    BackwardAnswer,
+    BackwardCall,
+    CommitAnswer,
+    CommitCall,
+    ForwardAnswer,
+    ForwardCall,
+    RoutedRows,
+)
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """One call of a merged dispatch."""
+
+    position: int
+    """In the list of calls, and of answers."""
+    facts: CallFacts
+    rows: RoutedRows
+    slot_P: Tensor
+    """int64; -1: not hosted here."""
+    missing: tuple[int, ...]
+    """Experts not hosted here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Merged:
+    x_RD: Tensor
+    slot_RK: Tensor
+    gate_RK: Tensor
+    filled_RK: Tensor | None
+    """Where the pairs stand; None: everywhere."""
+
+
+class ExpertHost:
+    """Runs the calls of any number of trainers on this peer's experts, one bank per layer. One thread may use it.
+
+    Errors are answers here: one bad call must not take down those merged with it.
+    """
+
+    def __init__(
+        self,
+        banks: Mapping[int, ExpertBank],
+        *,
+        cache_bytes: int = 256 * MIB,
+        reply_bytes: int = 64 * MIB,
+        book: CallBook[RoutedRows, BankSaved, BackwardAnswer] | None = None,
+    ) -> None:
+        """`cache_bytes` for inputs that wait for their Backward, `reply_bytes` for answers that a retry may ask for.
+        `book`: a book with limits of its own, instead of these. ValueError when there is no bank, or the banks'
+        experts differ in shape."""
+        if not banks:
+            raise ValueError("an ExpertHost needs at least one bank")
+        shapes = {bank.shape for bank in banks.values()}
+        if len(shapes) > 1:
+            raise ValueError(f"experts of one host have one shape, not {len(shapes)}: {shapes}")
+        self._banks = dict(sorted(banks.items()))
+        self.shape: ExpertShape = shapes.pop()
+        self._book = book or CallBook(cache_bytes=cache_bytes, reply_bytes=reply_bytes)
+
+    @property
+    def experts(self) -> tuple[ExpertId, ...]:
+        """What is hosted, ascending."""
+        return tuple(ExpertId(layer, index) for layer, bank in self._banks.items() for index in bank.indices)
+
+    @property
+    def versions(self) -> dict[int, dict[int, int]]:
+        """Layer -> expert index -> optimizer steps made."""
+        return {layer: bank.versions for layer, bank in self._banks.items()}
+
+    @property
+    def committed_tokens(self) -> int:
+        """Towards the next step; the same in every bank, because a commit reaches all of them."""
+        return next(iter(self._banks.values())).committed_tokens
+
+    @property
+    def book_sizes(self) -> BookSizes:
+        return self._book.sizes
+
+    def forward_many(self, calls: Sequence[ForwardCall]) -> list[ForwardAnswer | ExpertCallError | WireError]:
+        """One answer per call, in order; all of one layer, run in one dispatch. Of equal call ids one runs."""
+        answers: dict[int, ForwardAnswer | ExpertCallError | WireError] = {}
+        parts: dict[bytes, _Part] = {}
+        twins: dict[int, _Part] = {}
+        for position, call in enumerate(calls):
+            try:
+                assert call.layer == calls[0].layer, "calls of several layers cannot be merged"
+                facts = _forward_facts(call)
+                self._book.check_forward(call.call_id, facts)
+                part = self._part(position, facts, call.rows)
+                twin = parts.setdefault(call.call_id, part)
+                if twin is not part:
+                    _check_twin(call.call_id, facts, twin.facts)
+                    twins[position] = twin
+            except (ExpertCallError, WireError) as error:
+                answers[position] = error
+        if parts:
+            self._run_forward(calls, list(parts.values()), answers)
+        for position, twin in twins.items():
+            answer = answers[twin.position]
+            if isinstance(answer, ForwardAnswer):
+                answer = replace(answer, encoding=calls[position].reply_encoding)
+            answers[position] = answer
+        return [answers[position] for position in range(len(calls))]
+
+    def _run_forward(
+        self,
+        calls: Sequence[ForwardCall],
+        parts: Sequence[_Part],
+        answers: dict[int, ForwardAnswer | ExpertCallError | WireError],
+    ) -> None:
+        bank = self._banks[parts[0].facts.layer]
+        merged = _merge(parts)
+        # Pre-activations of merged calls lie sorted by expert, not by call: they are kept for single calls only, and
+        # computed again for others (one product of the forward's two).
+        keep = len(parts) == 1 and calls[parts[0].position].train
+        y_RD, saved = bank.forward(merged.x_RD, merged.slot_RK, merged.gate_RK, keep=keep)
+        versions = bank.versions
+        y_by_part = _split(y_RD, [part.facts.n_rows for part in parts])
+        for part, y in zip(parts, y_by_part, strict=True):
+            call = calls[part.position]
+            if call.train:
+                saved_bytes = 0 if saved is None else saved.nbytes
+                self._book.keep(call.call_id, part.facts, part.rows, _rows_bytes(part.rows), saved, saved_bytes)
+            answers[part.position] = ForwardAnswer(
+                y_RD=y,
+                failed_experts=part.missing,
+                versions=_versions_of(part, bank, versions),
+                encoding=call.reply_encoding,
+            )
+
+    def backward_many(self, calls: Sequence[BackwardCall]) -> list[BackwardAnswer | ExpertCallError | WireError]:
+        """One answer per call, in order; all of one layer. New gradients are added in one dispatch; those added
+        before, whose answer is gone, are computed once more in another, without adding."""
+        answers: dict[int, BackwardAnswer | ExpertCallError | WireError] = {}
+        parts: dict[bytes, _Part] = {}
+        twins: dict[int, _Part] = {}
+        adding: list[_Part] = []
+        repeating: list[_Part] = []
+        saved: BankSaved | None = None
+        for position, call in enumerate(calls):
+            try:
+                assert call.layer == calls[0].layer, "calls of several layers cannot be merged"
+                self._bank(call.layer)
+                facts = self._backward_facts(call)
+                twin = parts.get(call.call_id)
+                if twin is not None:
+                    _check_twin(call.call_id, facts, twin.facts)
+                    twins[position] = twin
+                    continue
+                plan = self._book.plan_backward(call.call_id, facts, call.rows)
+                if plan.answer is not None:
+                    answers[position] = replace(plan.answer, repeated=True, encoding=call.reply_encoding)
+                    continue
+                assert plan.inputs is not None, "a plan without an answer has inputs"
+                part = self._part(position, plan.facts, plan.inputs)
+                if plan.accumulate:
+                    # From here on the id stands in the book: see CallBook.mark_applied.
+                    self._book.mark_applied(call.call_id, plan.facts)
+                    saved = plan.saved
+                (adding if plan.accumulate else repeating).append(part)
+                parts[call.call_id] = part
+            except (ExpertCallError, WireError) as error:
+                answers[position] = error
+        if adding:
+            self._run_backward(calls, adding, saved if len(adding) == 1 else None, answers, accumulate=True)
+        if repeating:
+            self._run_backward(calls, repeating, None, answers, accumulate=False)
+        for position, twin in twins.items():
+            answer = answers[twin.position]
+            assert isinstance(answer, BackwardAnswer), "a call in `parts` has run"
+            answers[position] = replace(answer, repeated=True, encoding=calls[position].reply_encoding)
+        return [answers[position] for position in range(len(calls))]
+
+    def _run_backward(
+        self,
+        calls: Sequence[BackwardCall],
+        parts: Sequence[_Part],
+        saved: BankSaved | None,
+        answers: dict[int, BackwardAnswer | ExpertCallError | WireError],
+        *,
+        accumulate: bool,
+    ) -> None:
+        bank = self._banks[parts[0].facts.layer]
+        merged = _merge(parts)
+        grads = [calls[part.position].grad_RD for part in parts]
+        grad_RD = grads[0] if len(grads) == 1 else torch.cat(grads)
+        dx_RD, dgate_RK = bank.backward(
+            grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, saved, accumulate=accumulate
+        )
+        dgate_P = dgate_RK.reshape(-1) if merged.filled_RK is None else dgate_RK[merged.filled_RK]
+        versions = bank.versions
+        dx_by_part = _split(dx_RD, [part.facts.n_rows for part in parts])
+        dgate_by_part = _split(dgate_P, [part.slot_P.numel() for part in parts])
+        for part, dx, dgate in zip(parts, dx_by_part, dgate_by_part, strict=True):
+            call = calls[part.position]
+            if len(parts) > 1:
+                # A kept view would keep the whole batch alive, and count as its own size only.
+                dx, dgate = dx.clone(), dgate.clone()
+            answer = BackwardAnswer(
+                dx_RD=dx,
+                gate_grad_P=dgate,
+                repeated=not accumulate,
+                versions=_versions_of(part, bank, versions),
+                encoding=call.reply_encoding,
+            )
+            answers[part.position] = answer
+            self._book.store_reply(call.call_id, answer, dx.nbytes + dgate.nbytes)
+
+    def commit(self, call: CommitCall) -> CommitAnswer:
+        """Close the trainer's step; every expert counts its tokens. BusyError: no room to remember the trainer."""
+        if call.tokens < 0 or call.step < 0:
+            raise WireError(f"step and tokens must not be negative: {call.step}, {call.tokens}")
+        if not self._book.commit(call.trainer, call.step):
+            return CommitAnswer(repeated=True, stepped=False, committed_tokens=self.committed_tokens)
+        stepped = [bank.commit(call.tokens) for bank in self._banks.values()]
+        return CommitAnswer(repeated=False, stepped=any(stepped), committed_tokens=self.committed_tokens)
+
+    def fetch(self, layer: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Copies of the experts' state, all of the layer when `indices` is empty. UnknownExpertError."""
+        bank = self._bank(layer)
+        unknown = sorted(set(indices) - set(bank.indices))
+        if unknown:
+            raise UnknownExpertError(f"experts {_some(unknown)} of layer {layer} are not hosted here")
+        return bank.state(sorted(set(indices)) or None)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> int:
+        """Take over those experts of `state` (see `ExpertBank.state`) that are hosted here; returns how many.
+        CheckpointError as `ExpertBank.load_state`."""
+        hosted = {(str(expert.layer), str(expert.index)) for expert in self.experts}
+        loaded: set[tuple[str, str]] = set()
+        for layer, bank in self._banks.items():
+            mine: dict[str, Tensor] = {}
+            for name, value in state.items():
+                expert = (name.split(".")[0], name.split(".")[1])
+                if expert[0] == str(layer) and expert in hosted:
+                    mine[name] = value
+                    loaded.add(expert)
+            if mine:
+                bank.load_state(mine)
+        return len(loaded)
+
+    def _bank(self, layer: int) -> ExpertBank:
+        bank = self._banks.get(layer)
+        if bank is None:
+            raise UnknownExpertError(f"layer {layer} is not hosted here; layers {_some(self._banks)} are")
+        return bank
+
+    def _part(self, position: int, facts: CallFacts, rows: RoutedRows) -> _Part:
+        """UnknownExpertError when none of the call's experts is here, WireError when its arrays do not fit."""
+        bank = self._bank(facts.layer)
+        _check_shapes(rows, self.shape.d_model)
+        slot_P = bank.slots(rows.expert_index_P)
+        missing: tuple[int, ...] = ()
+        gone_P = slot_P < 0
+        if bool(gone_P.any()):
+            missing = tuple(torch.unique(rows.expert_index_P[gone_P]).tolist())
+            if bool(gone_P.all()):
+                raise UnknownExpertError(
+                    f"none of the call's experts is hosted here: {_some(missing)} of layer {facts.layer} are not"
+                )
+        return _Part(position=position, facts=facts, rows=rows, slot_P=slot_P, missing=missing)
+
+    def _backward_facts(self, call: BackwardCall) -> CallFacts:
+        n_rows = call.grad_RD.shape[0]
+        if call.grad_RD.ndim != 2 or call.grad_RD.shape[1] != self.shape.d_model:
+            raise WireError(f"grad is {list(call.grad_RD.shape)}, the experts have d_model={self.shape.d_model}")
+        if call.rows is not None and call.rows.x_RD.shape[0] != n_rows:
+            raise WireError(f"grad has {n_rows} rows, the inputs that came with it {call.rows.x_RD.shape[0]}")
+        n_pairs = None if call.rows is None else call.rows.expert_index_P.numel()
+        return CallFacts(trainer=call.trainer, step=call.step, layer=call.layer, n_rows=n_rows, n_pairs=n_pairs)
+
+
+def _forward_facts(call: ForwardCall) -> CallFacts:
+    return CallFacts(
+        trainer=call.trainer,
+        step=call.step,
+        layer=call.layer,
+        n_rows=call.rows.x_RD.shape[0],
+        n_pairs=call.rows.expert_index_P.numel(),
+    )
+
+
+def _check_twin(call_id: bytes, facts: CallFacts, first: CallFacts) -> None:
+    if not facts.agrees_with(first):
+        raise WireError(f"call_id {call_id.hex()} belongs to another call: {first}, now said to be {facts}")
+
+
+def _check_shapes(rows: RoutedRows, d_model: int) -> None:
+    """The cheap half of `wire.validate`, for callers that came without a wire too."""
+    n_pairs = rows.expert_index_P.numel()
+    if rows.x_RD.ndim != 2 or rows.x_RD.shape[1] != d_model:
+        raise WireError(f"x is {list(rows.x_RD.shape)}, the experts have d_model={d_model}")
+    if rows.experts_per_row_R.numel() != rows.x_RD.shape[0] or rows.gate_P.numel() != n_pairs:
+        raise WireError(
+            f"{rows.x_RD.shape[0]} rows have {rows.experts_per_row_R.numel()} counts, "
+            f"{n_pairs} pairs {rows.gate_P.numel()} gates"
+        )
+    if bool((rows.experts_per_row_R < 1).any()):
+        raise WireError("a row without experts: every count of experts_per_row must be at least 1")
+    if int(rows.experts_per_row_R.sum()) != n_pairs:
+        raise WireError(f"experts_per_row sums to {int(rows.experts_per_row_R.sum())}, but there are {n_pairs} pairs")
+
+
+def pad_pairs(count_R: Tensor, slot_P: Tensor, gate_P: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(slots [R, K], gates [R, K], where the pairs stand) with K the largest count; the rest is -1 and 0.
+
+    Rows with equally many experts, as top-k routing to one server gives, are only viewed: the third is None then.
+    """
+    n_rows = count_R.numel()
+    most = int(count_R.max()) if n_rows else 1
+    if n_rows * most == slot_P.numel():
+        return slot_P.view(n_rows, most), gate_P.view(n_rows, most), None
+    filled_RK = torch.arange(most) < count_R.unsqueeze(1)
+    slot_RK = torch.full((n_rows, most), -1, dtype=slot_P.dtype).masked_scatter_(filled_RK, slot_P)
+    gate_RK = torch.zeros(n_rows, most, dtype=gate_P.dtype).masked_scatter_(filled_RK, gate_P)
+    return slot_RK, gate_RK, filled_RK
+
+
+def _merge(parts: Sequence[_Part]) -> _Merged:
+    """The rows of all parts, one after another; a single part is not copied."""
+    rows = parts[0].rows
+    x_RD, count_R, gate_P, slot_P = rows.x_RD, rows.experts_per_row_R, rows.gate_P, parts[0].slot_P
+    if len(parts) > 1:
+        x_RD = torch.cat([part.rows.x_RD for part in parts])
+        count_R = torch.cat([part.rows.experts_per_row_R for part in parts])
+        gate_P = torch.cat([part.rows.gate_P for part in parts])
+        slot_P = torch.cat([part.slot_P for part in parts])
+    slot_RK, gate_RK, filled_RK = pad_pairs(count_R, slot_P, gate_P)
+    return _Merged(x_RD=x_RD, slot_RK=slot_RK, gate_RK=gate_RK, filled_RK=filled_RK)
+
+
+def _split(value: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return (value,) if len(sizes) == 1 else value.split(sizes)
+
+
+def _versions_of(part: _Part, bank: ExpertBank, versions: Mapping[int, int]) -> dict[int, int]:
+    slot_P = part.slot_P if not part.missing else part.slot_P[part.slot_P >= 0]
+    ran = torch.bincount(slot_P, minlength=len(bank.indices)).nonzero().flatten().tolist()
+    return {bank.indices[slot]: versions[bank.indices[slot]] for slot in ran}
+
+
+def _rows_bytes(rows: RoutedRows) -> int:
+    return sum(t.nbytes for t in (rows.x_RD, rows.experts_per_row_R, rows.expert_index_P, rows.gate_P))
+
+
+def _some(indices: Sequence[int] | Mapping[int, object]) -> str:
+    """The first few, so that a call cannot make its own refusal long."""
+    shown = ", ".join(str(index) for index in list(indices)[:8])
+    return shown if len(indices) <= 8 else f"{shown} and {len(indices) - 8} more"

@@ -1,0 +1,284 @@
+"""The calls of messages.py as bytes and back: plain protobuf, without protobuf's copies (DESIGN D3b; see framing.py).
+
+R rows, D model width, P (row, expert) pairs.
+
+Tensors of decoded fp32 matrices look at the message's bytes and keep them alive: EVERYBODY TREATS THEM AS READ-ONLY.
+Every decoder raises WireError or LimitError, and nothing else, on whatever bytes it is given; sizes are checked before
+anything of that size is allocated. All values of a decoded message are finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_net.errors import WireError
+from moe_net.proto.v1 import expert_pb2, tensor_pb2
+from moe_net.types import Encoding
+from moe_net.wire import compress
+from moe_net.wire.framing import join, take_apart
+from moe_net.wire.messages import (
+    BackwardAnswer,
+    BackwardCall,
+    CommitAnswer,
+    CommitCall,
+    ForwardAnswer,
+    ForwardCall,
+    RoutedRows,
+)
+from moe_net.wire.validate import (
+    Limits,
+    check_call_id,
+    check_encoding,
+    check_finite,
+    check_matrix,
+    check_routing,
+    check_trainer,
+)
+
+# Field numbers of expert.proto.
+EXPERTS_PER_ROW, EXPERT_INDEX, GATE, GATE_GRAD = 11, 12, 13, 13
+BACKWARD_X_DATA = 14
+LAST_DATA = 15
+
+
+def _number(encoding: Encoding) -> tensor_pb2.Encoding.ValueType:
+    return cast("tensor_pb2.Encoding.ValueType", int(encoding))
+
+
+def _matrix(x_RD: Tensor, encoding: Encoding) -> tensor_pb2.Matrix:
+    rows, cols = x_RD.shape
+    return tensor_pb2.Matrix(rows=rows, cols=cols, encoding=_number(encoding))
+
+
+def _routing(rows: RoutedRows) -> list[tuple[int, Tensor]]:
+    return [
+        (EXPERTS_PER_ROW, rows.experts_per_row_R.to(torch.int32)),
+        (EXPERT_INDEX, rows.expert_index_P.to(torch.int32)),
+        (GATE, rows.gate_P.to(torch.float32)),
+    ]
+
+
+def _timing(queue_us: int, compute_us: int) -> expert_pb2.Timing:
+    return expert_pb2.Timing(queue_us=min(queue_us, 0xFFFFFFFF), compute_us=min(compute_us, 0xFFFFFFFF))
+
+
+def encode_forward_call(call: ForwardCall) -> bytes:
+    """A ForwardRequest; `rows.x_RD` in `call.encoding`."""
+    header = expert_pb2.ForwardRequest(
+        call_id=call.call_id,
+        trainer=call.trainer,
+        step=call.step,
+        layer=call.layer,
+        train=call.train,
+        reply_encoding=_number(call.reply_encoding),
+        x=_matrix(call.rows.x_RD, call.encoding),
+    )
+    return join(header, _routing(call.rows), [(LAST_DATA, compress.encode(call.rows.x_RD, call.encoding))])
+
+
+def encode_forward_answer(answer: ForwardAnswer) -> bytes:
+    """A ForwardReply; `y_RD` in `answer.encoding`."""
+    ran = sorted(answer.versions)
+    header = expert_pb2.ForwardReply(
+        y=_matrix(answer.y_RD, answer.encoding),
+        failed_expert=answer.failed_experts,
+        expert_index=ran,
+        version=[answer.versions[index] for index in ran],
+        timing=_timing(answer.queue_us, answer.compute_us),
+    )
+    return join(header, (), [(LAST_DATA, compress.encode(answer.y_RD, answer.encoding))])
+
+
+def encode_backward_call(call: BackwardCall) -> bytes:
+    """A BackwardRequest; `grad_RD` and, where `rows` are sent again, `rows.x_RD` in `call.encoding`."""
+    header = expert_pb2.BackwardRequest(
+        call_id=call.call_id,
+        trainer=call.trainer,
+        step=call.step,
+        layer=call.layer,
+        reply_encoding=_number(call.reply_encoding),
+        grad=_matrix(call.grad_RD, call.encoding),
+    )
+    tensors = [(LAST_DATA, compress.encode(call.grad_RD, call.encoding))]
+    if call.rows is None:
+        return join(header, (), tensors)
+    header.x.CopyFrom(_matrix(call.rows.x_RD, call.encoding))
+    tensors.insert(0, (BACKWARD_X_DATA, compress.encode(call.rows.x_RD, call.encoding)))
+    return join(header, _routing(call.rows), tensors)
+
+
+def encode_backward_answer(answer: BackwardAnswer) -> bytes:
+    """A BackwardReply; `dx_RD` in `answer.encoding`, `gate_grad_P` always fp32."""
+    ran = sorted(answer.versions)
+    header = expert_pb2.BackwardReply(
+        dx=_matrix(answer.dx_RD, answer.encoding),
+        repeated_call=answer.repeated,
+        expert_index=ran,
+        version=[answer.versions[index] for index in ran],
+        timing=_timing(answer.queue_us, answer.compute_us),
+    )
+    arrays = [(GATE_GRAD, answer.gate_grad_P.to(torch.float32))]
+    return join(header, arrays, [(LAST_DATA, compress.encode(answer.dx_RD, answer.encoding))])
+
+
+def encode_commit_call(call: CommitCall) -> bytes:
+    """A CommitRequest."""
+    return expert_pb2.CommitRequest(trainer=call.trainer, step=call.step, tokens=call.tokens).SerializeToString()
+
+
+def encode_commit_answer(answer: CommitAnswer) -> bytes:
+    """A CommitReply."""
+    return expert_pb2.CommitReply(
+        repeated_call=answer.repeated, stepped=answer.stepped, committed_tokens=answer.committed_tokens
+    ).SerializeToString()
+
+
+def _check_matrix(matrix: tensor_pb2.Matrix, data: memoryview, name: str, limits: Limits) -> Encoding:
+    encoding = check_encoding(matrix.encoding, f"{name}.encoding")
+    check_matrix(name, matrix.rows, matrix.cols, encoding, data.nbytes, limits)
+    return encoding
+
+
+def _read_matrix(matrix: tensor_pb2.Matrix, data: memoryview, name: str, encoding: Encoding) -> Tensor:
+    x_RD = compress.decode(data, matrix.rows, matrix.cols, encoding)
+    check_finite(x_RD, name)
+    return x_RD
+
+
+def _read_floats(data: memoryview, name: str) -> Tensor:
+    """A copy: it is small, and must not keep the whole message alive."""
+    values = torch.from_numpy(np.frombuffer(data, "<f4").copy())
+    check_finite(values, name)
+    return values
+
+
+def _read_rows(
+    views: dict[int, memoryview], x: tensor_pb2.Matrix, x_number: int, limits: Limits
+) -> tuple[RoutedRows, Encoding]:
+    x_encoding = _check_matrix(x, views[x_number], "x", limits)
+    count_R, index_P = np.frombuffer(views[EXPERTS_PER_ROW], "<i4"), np.frombuffer(views[EXPERT_INDEX], "<i4")
+    check_routing(x.rows, count_R, index_P, views[GATE].nbytes // 4, limits)
+    rows = RoutedRows(
+        x_RD=_read_matrix(x, views[x_number], "x", x_encoding),
+        experts_per_row_R=torch.from_numpy(count_R.copy()),
+        expert_index_P=torch.from_numpy(index_P.copy()),
+        gate_P=_read_floats(views[GATE], "gate"),
+    )
+    return rows, x_encoding
+
+
+def _versions(indices: Sequence[int], versions: Sequence[int]) -> dict[int, int]:
+    if len(indices) != len(versions):
+        raise WireError(f"version: {len(versions)} versions for {len(indices)} entries of expert_index")
+    by_index = dict(zip(indices, versions, strict=True))
+    if len(by_index) != len(indices):
+        raise WireError(f"expert_index: {len(indices)} entries, only {len(by_index)} of them different")
+    return by_index
+
+
+def decode_forward_call(data: bytes | memoryview, limits: Limits) -> ForwardCall:
+    """A ForwardRequest; checked except for what only the model knows (`validate.check_rows`)."""
+    message, views = take_apart(
+        expert_pb2.ForwardRequest, data, limits, arrays=(EXPERTS_PER_ROW, EXPERT_INDEX, GATE), tensors=(LAST_DATA,)
+    )
+    check_call_id(message.call_id)
+    check_trainer(message.trainer)
+    reply_encoding = check_encoding(message.reply_encoding, "reply_encoding")
+    rows, encoding = _read_rows(views, message.x, LAST_DATA, limits)
+    return ForwardCall(
+        call_id=message.call_id,
+        trainer=message.trainer,
+        step=message.step,
+        layer=message.layer,
+        rows=rows,
+        train=message.train,
+        encoding=encoding,
+        reply_encoding=reply_encoding,
+    )
+
+
+def decode_forward_answer(data: bytes | memoryview, limits: Limits) -> ForwardAnswer:
+    """A ForwardReply; whether it has the shape of the call is for the caller to check."""
+    message, views = take_apart(expert_pb2.ForwardReply, data, limits, arrays=(), tensors=(LAST_DATA,))
+    versions = _versions(message.expert_index, message.version)
+    encoding = _check_matrix(message.y, views[LAST_DATA], "y", limits)
+    return ForwardAnswer(
+        y_RD=_read_matrix(message.y, views[LAST_DATA], "y", encoding),
+        failed_experts=tuple(message.failed_expert),
+        versions=versions,
+        queue_us=message.timing.queue_us,
+        compute_us=message.timing.compute_us,
+        encoding=encoding,
+    )
+
+
+def decode_backward_call(data: bytes | memoryview, limits: Limits) -> BackwardCall:
+    """A BackwardRequest; `rows` is None when the message has nothing of them."""
+    message, views = take_apart(
+        expert_pb2.BackwardRequest,
+        data,
+        limits,
+        arrays=(EXPERTS_PER_ROW, EXPERT_INDEX, GATE),
+        tensors=(BACKWARD_X_DATA, LAST_DATA),
+    )
+    check_call_id(message.call_id)
+    check_trainer(message.trainer)
+    reply_encoding = check_encoding(message.reply_encoding, "reply_encoding")
+    grad, x = message.grad, message.x
+    encoding = _check_matrix(grad, views[LAST_DATA], "grad", limits)
+    of_rows = (EXPERTS_PER_ROW, EXPERT_INDEX, GATE, BACKWARD_X_DATA)
+    rows = None
+    if message.HasField("x") or any(views[number].nbytes for number in of_rows):
+        if (x.rows, x.cols) != (grad.rows, grad.cols):
+            raise WireError(f"x: {x.rows} rows of {x.cols} columns, but grad has {grad.rows} of {grad.cols}")
+        rows, _ = _read_rows(views, x, BACKWARD_X_DATA, limits)
+    return BackwardCall(
+        call_id=message.call_id,
+        trainer=message.trainer,
+        step=message.step,
+        layer=message.layer,
+        grad_RD=_read_matrix(grad, views[LAST_DATA], "grad", encoding),
+        rows=rows,
+        encoding=encoding,
+        reply_encoding=reply_encoding,
+    )
+
+
+def decode_backward_answer(data: bytes | memoryview, limits: Limits) -> BackwardAnswer:
+    """A BackwardReply; whether it has the shape of the call is for the caller to check."""
+    message, views = take_apart(expert_pb2.BackwardReply, data, limits, arrays=(GATE_GRAD,), tensors=(LAST_DATA,))
+    dx = message.dx
+    versions = _versions(message.expert_index, message.version)
+    encoding = _check_matrix(dx, views[LAST_DATA], "dx", limits)
+    pairs = views[GATE_GRAD].nbytes // 4
+    if not dx.rows <= pairs <= dx.rows * limits.max_experts_per_row:
+        raise WireError(f"gate_grad: {pairs} gradients for {dx.rows} rows of 1..{limits.max_experts_per_row} experts")
+    return BackwardAnswer(
+        dx_RD=_read_matrix(dx, views[LAST_DATA], "dx", encoding),
+        gate_grad_P=_read_floats(views[GATE_GRAD], "gate_grad"),
+        repeated=message.repeated_call,
+        versions=versions,
+        queue_us=message.timing.queue_us,
+        compute_us=message.timing.compute_us,
+        encoding=encoding,
+    )
+
+
+def decode_commit_call(data: bytes | memoryview, limits: Limits | None = None) -> CommitCall:
+    """A CommitRequest."""
+    message, _ = take_apart(expert_pb2.CommitRequest, data, limits or Limits(), arrays=(), tensors=())
+    check_trainer(message.trainer)
+    return CommitCall(trainer=message.trainer, step=message.step, tokens=message.tokens)
+
+
+def decode_commit_answer(data: bytes | memoryview, limits: Limits | None = None) -> CommitAnswer:
+    """A CommitReply."""
+    message, _ = take_apart(expert_pb2.CommitReply, data, limits or Limits(), arrays=(), tensors=())
+    return CommitAnswer(
+        repeated=message.repeated_call, stepped=message.stepped, committed_tokens=message.committed_tokens
+    )

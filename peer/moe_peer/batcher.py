@@ -1,0 +1,225 @@
+"""Merges the calls of many trainers: while the device works, calls of the same layer and kind gather and run together.
+
+No call waits for company: an idle device starts on whatever is there. Queues are taken in the order of their oldest
+call, so a busy layer cannot starve another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Self, cast
+
+from moe_net.errors import BusyError, MoeNetError
+from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall
+from moe_peer.device import DeviceThread
+
+Call = ForwardCall | BackwardCall
+Answer = ForwardAnswer | BackwardAnswer
+Handler = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+class Kind(StrEnum):
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Job:
+    call: Call
+    n_rows: int
+    n_bytes: int
+    arrived_s: float
+    deadline_s: float
+    flight_key: tuple[object, ...]
+    future: asyncio.Future[Answer]
+    n_waiting: int = 0
+    """Requests that wait for the future; 0: everybody has gone, do not compute."""
+
+
+@dataclass(slots=True)
+class _Queue:
+    kind: Kind
+    jobs: deque[_Job] = field(default_factory=deque["_Job"])
+
+
+class Batcher:
+    """Owns the queues and the one task that feeds the device. Use as an async context manager."""
+
+    def __init__(
+        self,
+        device: DeviceThread,
+        *,
+        forward_many: Callable[[Sequence[ForwardCall]], Sequence[ForwardAnswer | MoeNetError]],
+        backward_many: Callable[[Sequence[BackwardCall]], Sequence[BackwardAnswer | MoeNetError]],
+        max_batch_rows: int = 8192,
+        max_queue_rows: int = 65_536,
+        max_queue_bytes: int = 256 * 2**20,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_queue_*` bound what waits, not what runs; one call always fits an empty queue."""
+        self._device = device
+        self._handlers: dict[Kind, Handler] = {
+            Kind.FORWARD: cast(Handler, forward_many),
+            Kind.BACKWARD: cast(Handler, backward_many),
+        }
+        self._max_batch_rows = max_batch_rows
+        self._max_queue_rows = max_queue_rows
+        self._max_queue_bytes = max_queue_bytes
+        self._clock = clock
+        self._queues: OrderedDict[tuple[int, Kind], _Queue] = OrderedDict()
+        self._flights: dict[tuple[object, ...], _Job] = {}
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.queue_rows = 0
+        """Rows waiting now."""
+        self.queue_bytes = 0
+        """Bytes of their tensors."""
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._feed(), name="batcher")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        for job in list(self._flights.values()):
+            if not job.future.done():
+                job.future.set_exception(BusyError("this peer is stopping"))
+                job.future.exception()  # nobody may be left to look at it
+        self._flights.clear()
+        self._queues.clear()
+        if not self._task.cancelled() and (error := self._task.exception()) is not None:
+            raise error
+
+    async def forward(self, call: ForwardCall, *, timeout_s: float | None = None) -> ForwardAnswer:
+        """The host's answer. Raises what the host answered instead, BusyError (queue full), TimeoutError (waited too
+        long to be worth computing)."""
+        rows = call.rows
+        n_bytes = rows.x_RD.nbytes + rows.experts_per_row_R.nbytes + 2 * rows.expert_index_P.nbytes
+        answer = await self._join(Kind.FORWARD, call, rows.x_RD.shape[0], n_bytes, False, timeout_s)
+        assert isinstance(answer, ForwardAnswer)
+        return answer
+
+    async def backward(self, call: BackwardCall, *, timeout_s: float | None = None) -> BackwardAnswer:
+        """As `forward`."""
+        n_bytes = call.grad_RD.nbytes + (0 if call.rows is None else call.rows.x_RD.nbytes)
+        has_inputs = call.rows is not None
+        answer = await self._join(Kind.BACKWARD, call, call.grad_RD.shape[0], n_bytes, has_inputs, timeout_s)
+        assert isinstance(answer, BackwardAnswer)
+        return answer
+
+    def check_room(self, n_bytes: int, n_rows: int = 0) -> None:
+        """BusyError when a call of this size would not be admitted; the server asks before it decodes one."""
+        rows_over = self.queue_rows + n_rows > self._max_queue_rows
+        bytes_over = self.queue_bytes + n_bytes > self._max_queue_bytes
+        if self.queue_rows and (rows_over or bytes_over):
+            raise BusyError(
+                f"{self.queue_rows} rows ({self.queue_bytes / 2**20:.1f} MiB) wait, at most {self._max_queue_rows} rows"
+                f" and {self._max_queue_bytes / 2**20:.0f} MiB may; this call has {n_rows} rows, {n_bytes} bytes"
+            )
+
+    async def _join(
+        self, kind: Kind, call: Call, n_rows: int, n_bytes: int, has_inputs: bool, timeout_s: float | None
+    ) -> Answer:
+        now_s = self._clock()
+        deadline_s = float("inf") if timeout_s is None else now_s + timeout_s
+        # Not the id alone: a message that contradicts another, or brings the inputs the other lacked, is its own call.
+        flight_key = (kind, call.call_id, call.trainer, call.step, call.layer, n_rows, has_inputs)
+        job = self._flights.get(flight_key)
+        if job is None or job.n_waiting == 0:
+            self.check_room(n_bytes, n_rows)
+            job = _Job(
+                call=call,
+                n_rows=n_rows,
+                n_bytes=n_bytes,
+                arrived_s=now_s,
+                deadline_s=deadline_s,
+                flight_key=flight_key,
+                future=asyncio.get_running_loop().create_future(),
+            )
+            self._flights[flight_key] = job
+            self._queues.setdefault((call.layer, kind), _Queue(kind)).jobs.append(job)
+            self.queue_rows += n_rows
+            self.queue_bytes += n_bytes
+            self._wake.set()
+        job.deadline_s = max(job.deadline_s, deadline_s)
+        job.n_waiting += 1
+        try:
+            # One who goes away must not take the result from the others.
+            answer = await asyncio.shield(job.future)
+        finally:
+            job.n_waiting -= 1
+        # Each request said how it wants its own answer encoded.
+        if answer.encoding is not call.reply_encoding:
+            answer = replace(answer, encoding=call.reply_encoding)
+        return answer
+
+    def _next_batch(self) -> tuple[Kind, list[_Job]]:
+        """Live jobs of the queue whose head is oldest, up to max_batch_rows; empty when nothing waits."""
+        while self._queues:
+            queue_key = min(self._queues, key=lambda k: self._queues[k].jobs[0].arrived_s)
+            queue = self._queues[queue_key]
+            batch: list[_Job] = []
+            n_rows = 0
+            now_s = self._clock()
+            while queue.jobs and (not batch or n_rows + queue.jobs[0].n_rows <= self._max_batch_rows):
+                job = queue.jobs.popleft()
+                self.queue_rows -= job.n_rows
+                self.queue_bytes -= job.n_bytes
+                if job.n_waiting == 0 or job.deadline_s <= now_s:
+                    self._drop(job, now_s)
+                else:
+                    batch.append(job)
+                    n_rows += job.n_rows
+            if not queue.jobs:
+                del self._queues[queue_key]
+            if batch:
+                return queue.kind, batch
+        return Kind.FORWARD, []
+
+    def _land(self, job: _Job) -> None:
+        if self._flights.get(job.flight_key) is job:
+            del self._flights[job.flight_key]
+
+    def _drop(self, job: _Job, now_s: float) -> None:
+        self._land(job)
+        job.future.set_exception(
+            TimeoutError(f"the deadline passed after {now_s - job.arrived_s:.3f} s in the queue; nothing was computed")
+        )
+        job.future.exception()  # all who waited may be gone: not an error that nobody retrieved
+
+    async def _feed(self) -> None:
+        while True:
+            kind, batch = self._next_batch()
+            if not batch:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            started_s = self._clock()
+            work = self._device.submit(self._handlers[kind], [job.call for job in batch])
+            await asyncio.wait([work])
+            compute_us = _microseconds(self._clock() - started_s)
+            # An exception is a bug of ours; it goes to those who asked and the queue goes on.
+            error = None if work.cancelled() else work.exception()
+            for position, job in enumerate(batch):
+                self._land(job)
+                if work.cancelled():
+                    result: object = BusyError("this peer is stopping")
+                else:
+                    result = error if error is not None else work.result()[position]
+                if isinstance(result, BaseException):
+                    job.future.set_exception(result)
+                    job.future.exception()
+                else:
+                    queue_us = _microseconds(started_s - job.arrived_s)
+                    job.future.set_result(replace(cast(Answer, result), queue_us=queue_us, compute_us=compute_us))
+
+
+def _microseconds(seconds: float) -> int:
+    return max(0, int(seconds * 1e6))

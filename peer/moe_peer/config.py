@@ -1,0 +1,192 @@
+"""The commands' options. No torch, no grpc: `--help` reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from moe_net.model.config import ModelConfig
+from moe_net.types import ExpertId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Host experts of a run: join it, serve, and leave without a trace on Ctrl-C or SIGTERM."""
+
+    config: Path | None = None
+    """TOML file with any of these options; what stands on the command line wins."""
+    join: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Way into the run: a coordinator's host:port, or the libp2p multiaddr of any member; repeat for more."""
+    run: str | None = None
+    """The run's name; needed only where several runs share a DHT."""
+    experts: str | None = None
+    """What to host: `layer.index`, ranges and lists of it, `*` for all, as in `0.0-3,1.5` or `*.0-3`. Without it: the
+    experts with the fewest replicas."""
+    max_experts: int | None = None
+    """Without --experts, how many; by default as many as fit into half of the free memory."""
+    listen: str = "127.0.0.1:0"
+    """host:port of the gRPC service; port 0 takes a free one."""
+    advertise: str | None = None
+    """Host by which others reach this machine, when it is not the host of --listen (NAT, container, 0.0.0.0)."""
+    dht_listen: str | None = None
+    """libp2p multiaddr to listen on; by default a free TCP port of --listen's host."""
+    load: Path | None = None
+    """Take the experts' state from a checkpoint: its folder, or any folder of a run that holds some (the newest)."""
+    identity: Path | None = None
+    """PEM file of this peer's key, made when it does not exist; without it, a new identity each time."""
+    threads: int | None = None
+    """Threads for tensor work; by default as many as cores."""
+    cache_mib: int = 256
+    """Memory for the inputs of calls whose backward has not come yet."""
+    reply_mib: int = 64
+    """Memory for answers that a retry may ask for."""
+    max_batch_rows: int = 8192
+    """Rows that run together."""
+    max_queue_rows: int = 65_536
+    """Rows that may wait; further calls are refused with RESOURCE_EXHAUSTED."""
+    max_queue_mib: int = 256
+    """Memory they may take."""
+    join_timeout_s: float = 20.0
+    """How long to look for the run."""
+    grace_s: float = 5.0
+    """How long running calls may take to finish at a stop."""
+
+    def __post_init__(self) -> None:
+        host, _, port = self.listen.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"listen={self.listen!r} is not host:port")
+        if self.advertise is None and host in ("0.0.0.0", "[::]"):
+            raise ValueError(f"listen={self.listen!r} is every address of this machine: say by --advertise which one")
+        if self.experts is not None and self.max_experts is not None:
+            raise ValueError("experts and max_experts exclude each other")
+        positive = {
+            "max_experts": self.max_experts,
+            "threads": self.threads,
+            "max_batch_rows": self.max_batch_rows,
+            "max_queue_rows": self.max_queue_rows,
+            "max_queue_mib": self.max_queue_mib,
+            "join_timeout_s": self.join_timeout_s,
+        }
+        for name, value in positive.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+        if min(self.cache_mib, self.reply_mib, self.grace_s) < 0:
+            raise ValueError("cache_mib, reply_mib and grace_s must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Train the trunk of a run whose experts are hosted by its peers."""
+
+    config: Path | None = None
+    """TOML file with any of these options; what stands on the command line wins."""
+    join: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Way into the run: a coordinator's host:port, or the libp2p multiaddr of any member; repeat for more."""
+    run: str | None = None
+    """The run's name; needed only where several runs share a DHT."""
+    out: Path = Path("runs/train")
+    """Folder for metrics.jsonl, loss.png and checkpoints."""
+    data: Path | None = None
+    """File or folder of text; without it, the source of Python's standard library."""
+    max_data_mib: int = 256
+    """Read no more text than this."""
+    steps: int = 300
+    """Stop after this step of the run (resumed steps included)."""
+    trainer_index: int = 0
+    """Which of the run's trainers this is; no two may be the same."""
+    trainers: int = 1
+    """How many trainers the run has: the data is dealt out to them."""
+    sequences: int = 16
+    """Sequences in one step of this trainer."""
+    micro_batches: int = 1
+    """Parts that a step is cut into, one after the other, to save memory; must divide the sequences."""
+    eval_every: int = 50
+    """Steps between evaluations on held-out text."""
+    eval_batches: int = 8
+    """Batches of 16 held-out sequences in an evaluation."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; 0: only one, at the end."""
+    resume: Path | None = None
+    """Go on from a checkpoint: its folder, or the --out folder of an earlier training (the newest one in it)."""
+    sample_tokens: int = 240
+    """Length of the sample written at the end."""
+    threads: int | None = None
+    """Threads for tensor work; by default as many as cores."""
+    wait_s: float = 60.0
+    """How long to wait until every expert has a host."""
+    call_timeout_s: float = 20.0
+    """Deadline of a layer's calls, retries included."""
+    fetch_timeout_s: float = 120.0
+    """Deadline for one peer's experts, when a checkpoint is made."""
+    min_experts_per_token: int = 1
+    """Stop when a layer has fewer live experts than this."""
+    max_dropped_fraction: float = 0.5
+    """Stop when more of the (token, expert) pairs than this got no answer, over the window."""
+    drop_window_steps: int = 20
+    """Length of that window."""
+
+    def __post_init__(self) -> None:
+        at_least_one = {
+            name: getattr(self, name)
+            for name in (
+                "max_data_mib", "steps", "trainers", "sequences", "micro_batches", "eval_every", "eval_batches",
+                "drop_window_steps", "min_experts_per_token",
+            )
+        }  # fmt: skip
+        for name, value in at_least_one.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 0 <= self.trainer_index < self.trainers:
+            raise ValueError(f"trainer_index={self.trainer_index} is not in 0..trainers-1={self.trainers - 1}")
+        if self.sequences % self.micro_batches:
+            raise ValueError(f"micro_batches={self.micro_batches} does not divide sequences={self.sequences}")
+        if not 0 <= self.max_dropped_fraction <= 1:
+            raise ValueError("max_dropped_fraction must be in 0..1")
+        if min(self.wait_s, self.call_timeout_s, self.fetch_timeout_s) <= 0:
+            raise ValueError("wait_s, call_timeout_s and fetch_timeout_s must be positive")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError("threads must be at least 1")
+
+
+def parse_experts(spec: str, model: ModelConfig) -> tuple[ExpertId, ...]:
+    """The experts that `0.0-3,1.5`, `*.0-3` or `2.*` names, ascending. ValueError says which part is wrong."""
+    chosen: set[ExpertId] = set()
+    for part in spec.split(","):
+        layer_text, dot, index_text = part.strip().partition(".")
+        try:
+            if not dot:
+                raise ValueError("no dot")
+            layers = model.moe_layers if layer_text == "*" else _numbers(layer_text)
+            indices = range(model.n_experts) if index_text == "*" else _numbers(index_text)
+        except ValueError as error:
+            raise ValueError(
+                f"experts: {part.strip()!r} is not layer.index, like 0.0-3 or *.2 (of {spec!r}): {error}"
+            ) from None
+        for what, numbers, known in (
+            ("layer", layers, model.moe_layers),
+            ("index", indices, range(model.n_experts)),
+        ):
+            # Both are short; a range of a billion must not become a list.
+            wrong = next((n for n in numbers if n not in known), None)
+            if wrong is not None:
+                raise ValueError(f"experts: the run has no {what} {wrong} (of {part.strip()!r}); it has {_few(known)}")
+        chosen |= {ExpertId(layer, index) for layer in layers for index in indices}
+    return tuple(sorted(chosen))
+
+
+def _numbers(text: str) -> range:
+    first, dash, last = text.partition("-")
+    low = int(first)
+    high = int(last) if dash else low
+    if high < low:
+        raise ValueError(f"{text} runs backwards")
+    return range(low, high + 1)
+
+
+def _few(known: tuple[int, ...] | range) -> str:
+    if isinstance(known, range):
+        return f"0-{known[-1]}"
+    return ", ".join(map(str, known))

@@ -1,0 +1,224 @@
+"""`moe-peer serve`: the process around an ExpertServer: joining, choosing experts, announcing, leaving."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import torch
+import uvloop
+
+from moe_net.client import make_banks
+from moe_net.config import RunConfig, from_json
+from moe_net.discovery.announcer import Announcer
+from moe_net.discovery.dht import DhtDiscovery
+from moe_net.discovery.join import resolve_join
+from moe_net.discovery.record import Identity, to_ranges
+from moe_net.errors import CheckpointError, JoinError
+from moe_net.experts.bank import memory_bytes
+from moe_net.experts.host import ExpertHost
+from moe_net.experts.snapshot import unpack
+from moe_net.placement.assign import assign
+from moe_net.placement.view import View
+from moe_net.types import ExpertId
+from moe_net.wire.allocator import tune_allocator
+from moe_peer.checkpoint import newest_checkpoint, read_meta
+from moe_peer.config import ServeConfig, parse_experts
+from moe_peer.server import ExpertServer
+
+log = logging.getLogger(__name__)
+
+MIB = 2**20
+MANIFEST_POLL_S = 0.5
+"""Between two looks for a manifest that has not reached our part of the DHT yet."""
+
+
+def run_serve(config: ServeConfig) -> int:
+    """Serve until SIGINT or SIGTERM; exit code. JoinError, CheckpointError, ValueError: why it could not begin."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    tune_allocator()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    uvloop.run(_until_signalled(config))
+    return 0
+
+
+async def _until_signalled(config: ServeConfig) -> None:
+    serving = asyncio.create_task(_serve(config), name="serve")
+    loop = asyncio.get_running_loop()
+    stopping = False
+
+    def stop() -> None:
+        nonlocal stopping
+        # A second signal must not cut short the leaving that the first one began.
+        if not stopping:
+            stopping = True
+            serving.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await asyncio.wait([serving])
+    if not (stopping and serving.cancelled()):
+        serving.result()
+
+
+async def _serve(config: ServeConfig) -> None:
+    identity = Identity.generate() if config.identity is None else Identity.load_or_create(config.identity)
+    async with AsyncExitStack() as stack:
+        # The one call before the DHT's daemon starts (by fork and exec at once, which gRPC survives; no channel is left
+        # open): the daemon must be told whom to join.
+        joined = await resolve_join(config.join, timeout_s=config.join_timeout_s)
+        known = None if joined.manifest_json is None else _read_manifest(joined.manifest_json, config)
+        discovery = await DhtDiscovery.create(
+            run=config.run if known is None else known.name,
+            join=joined.dht_addresses,
+            listen=config.dht_listen or _dht_listen(config.listen),
+            join_timeout_s=config.join_timeout_s,
+        )
+        stack.push_async_callback(discovery.close)
+        run = known or _read_manifest(await _manifest_from_dht(discovery, config), config)
+        experts = await _choose_experts(config, run, discovery, identity)
+        # Off the loop: the DHT's neighbours ping us meanwhile.
+        host = await asyncio.to_thread(_make_host, config, run, experts)
+        server = await stack.enter_async_context(
+            ExpertServer.serving(
+                host,
+                run=run,
+                peer_id=identity.peer_id,
+                listen=config.listen,
+                grace_s=config.grace_s,
+                max_batch_rows=config.max_batch_rows,
+                max_queue_rows=config.max_queue_rows,
+                max_queue_bytes=config.max_queue_mib * MIB,
+            )
+        )
+        address = server.address
+        if config.advertise is not None:
+            address = f"{config.advertise}:{address.rpartition(':')[2]}"
+        await stack.enter_async_context(
+            Announcer(discovery, identity, run=run.name, address=address, experts=experts, ttl_s=run.record_ttl_s)
+        )
+        ready = {
+            "event": "ready",
+            "role": "peer",
+            "address": address,
+            "peer_id": identity.peer_id,
+            "run": run.name,
+            "experts": describe(experts),
+            "dht": list(discovery.addresses),
+        }
+        print(json.dumps(ready), flush=True)
+        log.info("serving %d experts (%s) of run %s at %s", len(experts), describe(experts), run.name, address)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            log.info("leaving: withdraw, finish what runs (%.0f s at most), stop", config.grace_s)
+
+
+def describe(experts: tuple[ExpertId, ...]) -> str:
+    """As `parse_experts` reads it."""
+    ranges = to_ranges(experts)
+    return ",".join(f"{layer}.{first}" + (f"-{first + n - 1}" if n > 1 else "") for layer, first, n in ranges)
+
+
+def _dht_listen(listen: str) -> str:
+    host = listen.rpartition(":")[0]
+    if host.startswith("["):
+        return f"/ip6/{host.strip('[]')}/tcp/0"
+    return f"/ip4/{'127.0.0.1' if host == 'localhost' else host}/tcp/0"
+
+
+def _read_manifest(manifest_json: str, config: ServeConfig) -> RunConfig:
+    try:
+        run = from_json(RunConfig, manifest_json)
+    except ValueError as error:
+        raise JoinError(f"the run's manifest cannot be read (another version of moe-net?): {error}") from error
+    if config.run not in (None, run.name):
+        raise JoinError(f"the coordinator's run is {run.name!r}, not {config.run!r}")
+    return run
+
+
+async def _manifest_from_dht(discovery: DhtDiscovery, config: ServeConfig) -> str:
+    try:
+        async with asyncio.timeout(config.join_timeout_s):
+            while (manifest_json := await discovery.get_manifest()) is None:
+                await asyncio.sleep(MANIFEST_POLL_S)
+            return manifest_json
+    except TimeoutError:
+        which = "any run" if discovery.run is None else f"run {discovery.run!r}"
+        raise JoinError(
+            f"joined the DHT by {', '.join(config.join)}, but it had no manifest of {which} for "
+            f"{config.join_timeout_s:.0f} s. Is the name right, and has the run begun?"
+        ) from None
+
+
+async def _choose_experts(
+    config: ServeConfig, run: RunConfig, discovery: DhtDiscovery, identity: Identity
+) -> tuple[ExpertId, ...]:
+    if config.experts is not None:
+        return parse_experts(config.experts, run.model)
+    one_bytes = memory_bytes(1, run.model.expert_shape)
+    capacity = config.max_experts
+    if capacity is None:
+        capacity = _free_memory_bytes() // 2 // one_bytes
+        if capacity == 0:
+            raise ValueError(f"half of the free memory does not hold one expert ({one_bytes / MIB:.0f} MiB)")
+    view = View(await discovery.peers())
+    chosen = assign(run.model.expert_ids, view, capacity, identity.peer_id)
+    log.info("hosting %d of %d experts, %.0f MiB", len(chosen), len(run.model.expert_ids), len(chosen) * one_bytes / MIB)
+    return chosen
+
+
+def _free_memory_bytes() -> int:
+    names = os.sysconf_names
+    # macOS does not say what is free: count on a quarter of what is there.
+    free = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in names else os.sysconf("SC_PHYS_PAGES") // 4
+    return free * os.sysconf("SC_PAGE_SIZE")
+
+
+def _make_host(config: ServeConfig, run: RunConfig, experts: tuple[ExpertId, ...]) -> ExpertHost:
+    host = ExpertHost(
+        make_banks(run, experts), cache_bytes=config.cache_mib * MIB, reply_bytes=config.reply_mib * MIB
+    )
+    if config.load is not None:
+        load_experts(host, run, config.load)
+    return host
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint in `folder`: itself, of a trainer's output, or of a whole local run (`trainer-*`).
+
+    CheckpointError when there is none. Of trainers at the same step the first one counts: their experts are equal.
+    """
+    found: list[Path] = []
+    for place in (folder, folder / "checkpoints", *sorted(folder.glob("trainer-*/checkpoints"))):
+        try:
+            found.append(newest_checkpoint(place))
+        except CheckpointError:
+            continue
+    if not found:
+        raise CheckpointError(f"no checkpoint in {folder}, {folder}/checkpoints or {folder}/trainer-*/checkpoints")
+    return max(found, key=lambda path: read_meta(path).step)
+
+
+def load_experts(host: ExpertHost, run: RunConfig, folder: Path) -> int:
+    """Experts hosted here from the newest checkpoint in `folder`; how many. Those it lacks stay fresh, with a warning.
+
+    CheckpointError when it is damaged or of another run.
+    """
+    path = find_checkpoint(folder)
+    loaded = 0
+    for layer in sorted({expert.layer for expert in host.experts}):
+        file = path / "experts" / f"layer-{layer:03d}.safetensors"
+        if file.exists():
+            loaded += host.load_state(unpack(file.read_bytes(), run=run.name, shape=run.model.expert_shape))
+    log.info("loaded %d of %d experts from %s", loaded, len(host.experts), path)
+    if loaded < len(host.experts):
+        log.warning("%d experts are not in %s: they start afresh", len(host.experts) - loaded, path)
+    return loaded

@@ -1,0 +1,303 @@
+"""ExpertService over grpc.aio: raw bytes through our codec, every check before compute, a status for every refusal.
+
+    refusal                                  status                 a caller should
+    WireError: malformed, not finite         INVALID_ARGUMENT       fix its call
+    LimitError: claims more than allowed     OUT_OF_RANGE           send less at once
+    UnknownExpertError                       NOT_FOUND              ask another peer
+    InputsGoneError                          FAILED_PRECONDITION    send the inputs along
+    StaleStepError                           ABORTED                drop these gradients
+    BusyError                                RESOURCE_EXHAUSTED     ask another replica, or later
+    the deadline passed in the queue         DEADLINE_EXCEEDED      ask another replica, or later
+    a bug of ours (logged with traceback)    INTERNAL               tell us
+
+A LimitError is not RESOURCE_EXHAUSTED: that means "not now", and the same call would be refused tomorrow. (gRPC itself
+answers RESOURCE_EXHAUSTED to messages over `Limits.max_message_bytes`, before we see them.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Self, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from moe_net.config import RunConfig
+from moe_net.errors import (
+    BusyError,
+    InputsGoneError,
+    LimitError,
+    StaleStepError,
+    UnknownExpertError,
+    WireError,
+)
+from moe_net.experts.host import ExpertHost
+from moe_net.experts.snapshot import pack
+from moe_net.proto.v1 import expert_pb2
+from moe_net.rpc.grpc_client import channel_options
+from moe_net.wire import codec
+from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
+from moe_net.wire.validate import Limits, check_rows
+from moe_peer.batcher import Batcher
+from moe_peer.device import DeviceThread
+
+log = logging.getLogger(__name__)
+
+SERVICE = "moe_net.v1.ExpertService"
+CHUNK_BYTES = 2**20
+"""Of Fetch: 1 MiB chunks on a stream measured fastest (design, D3b)."""
+MAX_FETCHES = 2
+"""At once: each holds its layer's state twice, as tensors and as a file."""
+INLINE_BYTES = 256 * 2**10
+"""Messages up to this size are read and written on the loop: it takes less than the 0.1 ms of a thread's hop."""
+
+# In order: the first class that fits decides.
+STATUS_OF: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
+    (LimitError, grpc.StatusCode.OUT_OF_RANGE),
+    (WireError, grpc.StatusCode.INVALID_ARGUMENT),
+    (UnknownExpertError, grpc.StatusCode.NOT_FOUND),
+    (InputsGoneError, grpc.StatusCode.FAILED_PRECONDITION),
+    (StaleStepError, grpc.StatusCode.ABORTED),
+    (BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
+)
+REFUSALS = tuple(kind for kind, _ in STATUS_OF)
+# What Python raises when we are wrong. Not Exception: grpc's own control flow passes through.
+OUR_BUGS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+InT = TypeVar("InT")
+OutT = TypeVar("OutT")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ExpertServer:
+    """Serves one ExpertHost. `start` it on the running loop and `stop` it, or use `serving`."""
+
+    def __init__(
+        self,
+        host: ExpertHost,
+        *,
+        run: RunConfig,
+        peer_id: str,
+        limits: Limits | None = None,
+        max_batch_rows: int = 8192,
+        max_queue_rows: int = 65_536,
+        max_queue_bytes: int = 256 * 2**20,
+        max_concurrent_calls: int = 512,
+    ) -> None:
+        """`max_concurrent_calls` bounds what gRPC takes in before we see it: that many messages of at most
+        `limits.max_message_bytes`."""
+        self._host = host
+        self._run = run
+        self._peer_id = peer_id
+        self._limits = limits or Limits()
+        self._layers = frozenset(expert.layer for expert in host.experts)
+        self._device = DeviceThread()
+        # One thread, so that reading large messages takes no more than one core from the experts.
+        self._codec = DeviceThread("codec")
+        self._batcher = Batcher(
+            self._device,
+            forward_many=host.forward_many,
+            backward_many=host.backward_many,
+            max_batch_rows=max_batch_rows,
+            max_queue_rows=max_queue_rows,
+            max_queue_bytes=max_queue_bytes,
+        )
+        self._max_concurrent_calls = max_concurrent_calls
+        self._fetches = 0
+        # The stub package knows only the threaded servicer.
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._server: grpc.aio.Server | None = None
+        self._stack = AsyncExitStack()
+        self.address = ""
+        """`host:port` once started."""
+
+    async def start(self, listen: str) -> str:
+        """Serve on `listen` (`host:port`, port 0: any free one); returns the address. ValueError: cannot be bound."""
+        assert self._server is None, "start once"
+        server = grpc.aio.server(
+            options=[
+                *channel_options(self._limits),
+                # Otherwise two peers share a port silently, each getting half of the calls.
+                ("grpc.so_reuseport", 0),
+                # Our clients ping every 20 s while a call runs; by default the third such ping ends the connection.
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ],
+            maximum_concurrent_rpcs=self._max_concurrent_calls,
+        )
+        server.add_generic_rpc_handlers((self._handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        try:
+            port = server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise ValueError(f"cannot listen on {listen}: {error}") from error
+        await self._stack.enter_async_context(self._device)
+        await self._stack.enter_async_context(self._codec)
+        await self._stack.enter_async_context(self._batcher)
+        await server.start()
+        self._server = server
+        self.address = f"{listen.rpartition(':')[0]}:{port}"
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return self.address
+
+    async def stop(self, *, grace_s: float = 5.0) -> None:
+        """Say NOT_SERVING, take no more calls, finish those that run within `grace_s`, end the threads."""
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+            self._server = None
+        await self._stack.aclose()
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        def unary(method: Callable[[bytes, Context], Any]) -> grpc.RpcMethodHandler[Any, Any]:
+            # No (de)serialiser: raw bytes in, raw bytes out.
+            return grpc.unary_unary_rpc_method_handler(method)
+
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Info": unary(self._info),
+                "Forward": unary(self._forward),
+                "Backward": unary(self._backward),
+                "Commit": unary(self._commit),
+                "Fetch": grpc.unary_stream_rpc_method_handler(self._fetch),
+            },
+        )
+
+    async def _forward(self, raw: bytes, context: Context) -> bytes:
+        async with _answering(context, "Forward"):
+            self._batcher.check_room(len(raw))
+            call = await self._sized(len(raw), self._read_forward, raw)
+            answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
+            return await self._sized(answer.y_RD.nbytes, codec.encode_forward_answer, answer)
+        raise AssertionError("unreachable: _answering does not swallow")
+
+    async def _backward(self, raw: bytes, context: Context) -> bytes:
+        async with _answering(context, "Backward"):
+            self._batcher.check_room(len(raw))
+            call = await self._sized(len(raw), self._read_backward, raw)
+            answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
+            return await self._sized(answer.dx_RD.nbytes, codec.encode_backward_answer, answer)
+        raise AssertionError("unreachable: _answering does not swallow")
+
+    async def _commit(self, raw: bytes, context: Context) -> bytes:
+        async with _answering(context, "Commit"):
+            call = codec.decode_commit_call(raw)
+            # Once begun it is applied whole, whether or not the caller is still there to hear of it.
+            return codec.encode_commit_answer(await self._device.run(self._host.commit, call))
+        raise AssertionError("unreachable: _answering does not swallow")
+
+    async def _info(self, raw: bytes, context: Context) -> bytes:
+        async with _answering(context, "Info"):
+            return (await self._device.run(self._describe)).SerializeToString()
+        raise AssertionError("unreachable: _answering does not swallow")
+
+    async def _fetch(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
+        async with _answering(context, "Fetch"):
+            try:
+                request = expert_pb2.FetchRequest.FromString(raw)
+            except DecodeError as error:
+                raise WireError(f"not a FetchRequest: {error}") from error
+            if self._fetches >= MAX_FETCHES:
+                raise BusyError(f"{self._fetches} fetches are on their way, at most {MAX_FETCHES} may be")
+            self._fetches += 1
+            try:
+                state = await self._device.run(self._host.fetch, request.layer, list(request.expert_index))
+                data, digest = await asyncio.to_thread(_pack, state, self._run.name, self._host)
+                del state
+                for start in range(0, len(data), CHUNK_BYTES):
+                    chunk = expert_pb2.FetchChunk(data=data[start : start + CHUNK_BYTES])
+                    if start + CHUNK_BYTES >= len(data):
+                        chunk.sha256 = digest
+                    yield chunk.SerializeToString()
+            finally:
+                self._fetches -= 1
+
+    async def _sized(self, n_bytes: int, work: Callable[[InT], OutT], value: InT) -> OutT:
+        """`work(value)`, here when small, on the codec's thread when it would hold up the loop."""
+        return work(value) if n_bytes <= INLINE_BYTES else await self._codec.run(work, value)
+
+    def _read_forward(self, raw: bytes) -> ForwardCall:
+        call = codec.decode_forward_call(raw, self._limits)
+        self._check_inputs(call.layer, call.rows)
+        return call
+
+    def _read_backward(self, raw: bytes) -> BackwardCall:
+        call = codec.decode_backward_call(raw, self._limits)
+        if call.rows is not None:
+            self._check_inputs(call.layer, call.rows)
+        return call
+
+    def _check_inputs(self, layer: int, rows: RoutedRows) -> None:
+        if layer not in self._layers:
+            raise UnknownExpertError(f"layer {layer} is not hosted here")
+        check_rows(rows, d_model=self._run.model.d_model, n_experts=self._run.model.n_experts)
+
+    def _describe(self) -> expert_pb2.InfoReply:
+        shape = self._host.shape
+        layers = [
+            expert_pb2.LayerInfo(layer=layer, expert_index=list(versions), version=list(versions.values()))
+            for layer, versions in self._host.versions.items()
+        ]
+        return expert_pb2.InfoReply(
+            peer_id=self._peer_id,
+            run=self._run.name,
+            d_model=shape.d_model,
+            d_ff=shape.d_ff,
+            activation=shape.activation.value,
+            layers=layers,
+            committed_tokens=self._host.committed_tokens,
+            queue_rows=self._batcher.queue_rows,
+            max_message_bytes=self._limits.max_message_bytes,
+        )
+
+    @classmethod
+    @asynccontextmanager
+    async def serving(
+        cls, host: ExpertHost, *, run: RunConfig, peer_id: str, listen: str, grace_s: float = 5.0, **settings: Any
+    ) -> AsyncGenerator[Self]:
+        """A started server; stopped at the end."""
+        server = cls(host, run=run, peer_id=peer_id, **settings)
+        await server.start(listen)
+        try:
+            yield server
+        finally:
+            await server.stop(grace_s=grace_s)
+
+
+@asynccontextmanager
+async def _answering(context: Context, method: str) -> AsyncGenerator[None]:
+    """The one place where errors become statuses."""
+    try:
+        yield
+    except REFUSALS as error:
+        code = next(code for kind, code in STATUS_OF if isinstance(error, kind))
+        await context.abort(code, str(error) or type(error).__name__)
+    except OUR_BUGS as error:
+        log.exception("%s failed by a bug of ours", method)
+        await context.abort(grpc.StatusCode.INTERNAL, f"{method} failed by a bug of ours: {type(error).__name__}")
+
+
+def _pack(state: dict[str, Any], run: str, host: ExpertHost) -> tuple[bytes, bytes]:
+    data = pack(state, run=run, shape=host.shape)
+    return data, hashlib.sha256(data).digest()

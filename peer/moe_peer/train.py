@@ -1,0 +1,360 @@
+"""`moe-peer train`: the process around a Trainer: joining, data, checkpoints, display, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moe_net.client import Membership, join_run
+from moe_net.config import RunConfig
+from moe_net.data.batches import Batches, BatchId, IdsBatch, eval_batches
+from moe_net.data.corpus import Corpus, join, load_corpus
+from moe_net.data.ngram import BigramModel
+from moe_net.data.tokenizer import BpeTokenizer, ByteTokenizer, Ids, Tokenizer, load_tokenizer
+from moe_net.errors import CheckpointError, NoLiveExpertsError, TooManyDropsError
+from moe_net.model.generate import generate
+from moe_net.rpc.policy import CallPolicy, DropWindow
+from moe_net.rpc.swarm import SwarmStats
+from moe_net.trace import FaultEvent
+from moe_net.wire.allocator import tune_allocator
+from moe_peer.checkpoint import CheckpointMeta, load_checkpoint, newest_checkpoint, read_meta, save_checkpoint
+from moe_peer.config import TrainConfig
+from moe_peer.display import TrainDisplay
+from moe_peer.metrics import EvalMetrics, Event, MetricsLog, Record, StepMetrics, load_evenness, to_line
+from moe_peer.report import write_report
+from moe_peer.trainer import StepResult, Trainer, build_model
+
+log = logging.getLogger(__name__)
+EVAL_SEQUENCES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """The corpus as the trainer uses it."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    train: Ids
+    held_out: Ids
+    bigram_nats_per_byte: float
+
+
+def load_text(config: TrainConfig, run: RunConfig, tokenizer_file: Path) -> Text:
+    """Corpus and tokenizer; a BPE is trained on the training split once and kept in `tokenizer_file`."""
+    corpus = load_corpus(config.data, max_bytes=config.max_data_mib * 2**20)
+    train, held_out = join(corpus.train), join(corpus.held_out)
+    tokenizer: Tokenizer
+    if run.tokenizer == "bytes":
+        tokenizer = ByteTokenizer()
+    elif tokenizer_file.exists():
+        tokenizer = load_tokenizer(tokenizer_file)
+    else:
+        texts = (document.text for document in corpus.train)
+        tokenizer = BpeTokenizer.train(texts, vocab_size=run.model.vocab_size)
+        tokenizer_file.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(tokenizer_file)
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {run.model.vocab_size}")
+    held_out_ids = tokenizer.encode(held_out)
+    return Text(
+        corpus=corpus,
+        tokenizer=tokenizer,
+        train=tokenizer.encode(train),
+        held_out=held_out_ids,
+        bigram_nats_per_byte=_bigram(train, held_out, held_out_ids, run, config),
+    )
+
+
+def _bigram(train: bytes, held_out: bytes, held_out_ids: Ids, run: RunConfig, config: TrainConfig) -> float:
+    """Loss of a bigram model of bytes, on the very windows of the evaluation where those are of bytes."""
+    bigram = BigramModel.fit(train)
+    if run.tokenizer != "bytes":
+        return bigram.nats_per_byte(held_out)
+    windows = np.concatenate(list(evaluation(held_out_ids, run, config)))
+    return float(bigram.pair_nats(windows[:, :-1], windows[:, 1:]).mean())
+
+
+def evaluation(held_out: Ids, run: RunConfig, config: TrainConfig) -> Iterator[IdsBatch]:
+    """The held-out windows that every evaluation uses."""
+    return eval_batches(held_out, config.eval_batches, seq_len=run.model.seq_len, sequences=EVAL_SEQUENCES)
+
+
+class _Stop:
+    """SIGINT and SIGTERM: finish the step at hand; a second one, or one outside the steps, interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.in_steps = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.asked or not self.in_steps:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @contextmanager
+    def installed(self) -> Generator[_Stop]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self) for number in numbers]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Session:
+    """One run of the command, once everything is there."""
+
+    config: TrainConfig
+    run: RunConfig
+    text: Text
+    member: Membership
+    trainer: Trainer
+    metrics: MetricsLog
+    display: TrainDisplay
+    records: list[Record]
+    drops: DropWindow
+    seen: SwarmStats = field(default_factory=SwarmStats)
+    seen_sent: int = 0
+    seen_received: int = 0
+
+    def note(self, record: Record) -> None:
+        self.records.append(record)
+        self.metrics.write(record)
+        self.display.show(record)
+        if not isinstance(record, Event):
+            say(to_line(record))
+
+    def evaluate(self) -> EvalMetrics:
+        """Held-out loss in nats per byte, on the same windows every time."""
+        batches = list(evaluation(self.text.held_out, self.run, self.config))
+        nats, _ = self.trainer.evaluate(batches)
+        n_bytes = sum(self.text.tokenizer.bytes_of(row[1:]) for batch in batches for row in batch)
+        result = EvalMetrics(step=self.trainer.step, val_nats_per_byte=nats / n_bytes)
+        self.note(result)
+        return result
+
+    def step(self) -> None:
+        self._require_experts()
+        started_s = time.monotonic()
+        result = self.trainer.train_step()
+        metrics = self._measure(result, time.monotonic() - started_s)
+        self.note(metrics)
+        self.drops = self.drops.after(metrics.routed_pairs, metrics.dropped_pairs)
+        if self.drops.exceeded:
+            raise TooManyDropsError(
+                f"{self.drops.fraction:.0%} of the (token, expert) pairs of the last {self.drops.length} steps got no "
+                f"answer (max_dropped_fraction={self.drops.max_fraction:.0%}); "
+                f"{metrics.live_experts} of {metrics.total_experts} experts are live"
+            )
+
+    def _require_experts(self) -> None:
+        model = self.run.model
+        for layer in model.moe_layers:
+            n_live = int(self.member.link.swarm.live(layer, model.n_experts).sum())
+            if n_live < self.config.min_experts_per_token:
+                raise NoLiveExpertsError(
+                    f"layer {layer} has {n_live} live experts of {model.n_experts}, fewer than "
+                    f"min_experts_per_token={self.config.min_experts_per_token}. Start a peer with --experts {layer}.*"
+                )
+
+    def _measure(self, result: StepResult, step_s: float) -> StepMetrics:
+        swarm, traffic = self.member.link.swarm, self.member.transport.traffic
+        now, then = replace(swarm.stats), self.seen
+        sent, received = traffic.sent_bytes - self.seen_sent, traffic.received_bytes - self.seen_received
+        self.seen, self.seen_sent, self.seen_received = now, traffic.sent_bytes, traffic.received_bytes
+        model = self.run.model
+        answers = now.staleness_count - then.staleness_count
+        step = self.trainer.step - 1
+        return StepMetrics(
+            step=step,
+            loss=result.loss,
+            tokens=result.tokens,
+            step_s=step_s,
+            text_bytes=self._text_bytes(step),
+            balance_loss=result.balance_loss,
+            z_loss=result.z_loss,
+            grad_norm=result.grad_norm,
+            lr=self.run.optimizer.lr_at(step),
+            bytes_sent=sent,
+            bytes_received=received,
+            calls=now.calls - then.calls,
+            retries=now.retries - then.retries,
+            routed_pairs=now.routed_pairs - then.routed_pairs,
+            dropped_pairs=now.dropped_pairs - then.dropped_pairs,
+            lost_gradient_pairs=now.lost_gradient_pairs - then.lost_gradient_pairs,
+            overflowed_pairs=result.overflowed_pairs,
+            live_experts=sum(int(swarm.live(layer, model.n_experts).sum()) for layer in model.moe_layers),
+            total_experts=len(model.expert_ids),
+            staleness_mean=(now.staleness_sum - then.staleness_sum) / answers if answers else 0.0,
+            staleness_max=now.staleness_max,
+            load_evenness=load_evenness(result.load_LE.tolist()),
+        )
+
+    def _text_bytes(self, step: int) -> int:
+        if isinstance(self.text.tokenizer, ByteTokenizer):
+            return 0
+        return sum(
+            self.text.tokenizer.bytes_of(row[1:])
+            for micro in range(self.config.micro_batches)
+            for row in self.trainer.batches.batch(BatchId(step, self.config.trainer_index, micro))
+        )
+
+    def checkpoint(self) -> Path:
+        experts = self.member.link.runner.run(
+            self.member.link.swarm.fetch_experts(self.run.model.expert_ids, timeout_s=self.config.fetch_timeout_s)
+        )
+        meta = CheckpointMeta(
+            run=self.run,
+            step=self.trainer.step,
+            data_fingerprint=self.text.corpus.fingerprint,
+            tokenizer_fingerprint=self.text.tokenizer.fingerprint,
+            trainers=self.config.trainers,
+            sequences=self.config.sequences,
+        )
+        return save_checkpoint(
+            self.config.out / "checkpoints", meta, self.trainer.model, self.trainer.optimizer, experts
+        )
+
+    def sample(self) -> str:
+        """The model's own writing, from a fixed beginning and a fixed seed."""
+        prompt = torch.from_numpy(self.text.tokenizer.encode("def ").astype(np.int64))[None]
+        tokens_BS = generate(
+            self.trainer.model,
+            prompt,
+            new_tokens=self.config.sample_tokens,
+            temperature=0.8,
+            generator=torch.Generator().manual_seed(self.run.seed),
+        )
+        return self.text.tokenizer.decode(tokens_BS[0].tolist())
+
+
+def say(line: str) -> None:
+    """One JSON line for machines, on stdout; not on a terminal, where the display for people is."""
+    if not sys.stdout.isatty():
+        print(line, flush=True)
+
+
+def run_train(config: TrainConfig) -> int:
+    """Train until `config.steps` steps are made, or until asked to stop; exit code."""
+    tune_allocator()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    events: list[FaultEvent] = []
+    with _Stop().installed() as stop, ExitStack() as stack:
+        try:
+            member = stack.enter_context(
+                join_run(
+                    config.join, name=config.run, trainer=f"trainer-{config.trainer_index}", policy=_policy(config),
+                    on_event=events.append, wait_s=config.wait_s,
+                )
+            )  # fmt: skip
+            session = _open(config, member, stack)
+            say(json.dumps({"event": "ready", "role": "trainer", "run": member.run.name, "step": session.trainer.step}))
+            _train(session, stop, events)
+        except KeyboardInterrupt:
+            return 130 if not stop.asked else 0
+    return 0
+
+
+def _policy(config: TrainConfig) -> CallPolicy:
+    timeout_s = config.call_timeout_s
+    return CallPolicy(forward_timeout_s=timeout_s, backward_timeout_s=timeout_s, commit_timeout_s=timeout_s)
+
+
+def _open(config: TrainConfig, member: Membership, stack: ExitStack) -> _Session:
+    run = member.run
+    text = load_text(config, run, config.out / "tokenizer.json")
+    batches = Batches(
+        text.train,
+        seq_len=run.model.seq_len,
+        sequences_per_micro=config.sequences // config.micro_batches,
+        n_trainers=config.trainers,
+        n_micro=config.micro_batches,
+        seed=run.seed,
+    )
+    model = build_model(run, member.link)
+    trainer = Trainer(
+        run=run, model=model, link=member.link, batches=batches,
+        index=config.trainer_index, n_micro=config.micro_batches,
+    )  # fmt: skip
+    if config.resume is not None:
+        _resume(config, text, trainer)
+    metrics = stack.enter_context(MetricsLog(config.out / "metrics.jsonl", resume_step=trainer.step))
+    display = stack.enter_context(
+        TrainDisplay(
+            f"{run.name}: trainer {config.trainer_index}",
+            total_steps=config.steps,
+            bigram_nats_per_byte=text.bigram_nats_per_byte,
+        )
+    )
+    return _Session(
+        config=config, run=run, text=text, member=member, trainer=trainer, metrics=metrics, display=display,
+        records=list(metrics.kept),
+        drops=DropWindow(max_fraction=config.max_dropped_fraction, length=config.drop_window_steps),
+    )  # fmt: skip
+
+
+def _resume(config: TrainConfig, text: Text, trainer: Trainer) -> None:
+    assert config.resume is not None
+    folder = config.resume / "checkpoints"
+    path = newest_checkpoint(folder if folder.is_dir() else config.resume)
+    meta = read_meta(path)
+    expected = CheckpointMeta(
+        run=trainer.run, step=meta.step, data_fingerprint=text.corpus.fingerprint,
+        tokenizer_fingerprint=text.tokenizer.fingerprint, trainers=config.trainers, sequences=config.sequences,
+    )  # fmt: skip
+    for name in ("run", "data_fingerprint", "tokenizer_fingerprint", "trainers", "sequences"):
+        if getattr(meta, name) != getattr(expected, name):
+            raise CheckpointError(
+                f"{path} cannot be continued here: its {name} is {getattr(meta, name)}, not {getattr(expected, name)}"
+            )
+    load_checkpoint(path, trainer.model, trainer.optimizer)
+    trainer.step = meta.step
+
+
+def _train(session: _Session, stop: _Stop, events: list[FaultEvent]) -> None:
+    config, trainer = session.config, session.trainer
+    started_s, first_step = time.monotonic(), trainer.step
+    stop.in_steps = True
+    if trainer.step == 0:
+        session.evaluate()
+    while trainer.step < config.steps and not stop.asked:
+        session.step()
+        while events:
+            session.note(Event.of(events.pop(0), step=trainer.step - 1, at_s=time.time()))
+        if trainer.step % config.eval_every == 0 and trainer.step < config.steps:
+            session.evaluate()
+        if config.checkpoint_every and trainer.step % config.checkpoint_every == 0 and trainer.step < config.steps:
+            session.checkpoint()
+    train_s = time.monotonic() - started_s
+    final = session.evaluate()
+    checkpoint = session.checkpoint()
+    stop.in_steps = False
+    sample = session.sample()
+    report = write_report(
+        session.records, config.out, title=session.run.name, bigram_nats_per_byte=session.text.bigram_nats_per_byte
+    )
+    print(report.summary, file=sys.stderr)
+    tokens = (trainer.step - first_step) * config.sequences * session.run.model.seq_len
+    done = {
+        "event": "done",
+        "steps": trainer.step,
+        "val_nats_per_byte": final.val_nats_per_byte,
+        "bigram_nats_per_byte": session.text.bigram_nats_per_byte,
+        "tokens_per_s": tokens / train_s if train_s > 0 else 0.0,
+        "checkpoint": str(checkpoint),
+        "sample": sample,
+    }
+    say(json.dumps(done))

@@ -1,0 +1,101 @@
+"""Invariant 9: a resumed run continues the curve of the uninterrupted one, with no sample skipped or repeated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from swarms import make_trainer, remote_link, small_run, text_batches
+
+from moe_net.client import host_here, make_banks
+from moe_net.errors import CheckpointError
+from moe_net.experts.snapshot import unpack
+from moe_peer.checkpoint import CheckpointMeta, load_checkpoint, newest_checkpoint, read_meta, save_checkpoint
+from moe_peer.trainer import Trainer
+
+RUN = small_run(jitter=0.05, bias_update_rate=0.01)
+
+
+def save(trainer: Trainer, link, folder: Path) -> Path:
+    experts = link.runner.run(link.swarm.fetch_experts(RUN.model.expert_ids, timeout_s=10))
+    meta = CheckpointMeta(
+        run=RUN, step=trainer.step, data_fingerprint="d", tokenizer_fingerprint="t", trainers=1, sequences=4
+    )
+    return save_checkpoint(folder, meta, trainer.model, trainer.optimizer, experts)
+
+
+def test_a_resumed_run_goes_on_to_the_bit_with_other_peers(tmp_path: Path) -> None:
+    with remote_link(RUN, n_peers=3) as (link, _):
+        trainer = make_trainer(RUN, link)
+        first = [trainer.train_step().loss for _ in range(6)]
+        path = save(trainer, link, tmp_path)
+        expected = [trainer.train_step().loss for _ in range(6)]
+    # Everything is gone. New peers take the experts from the checkpoint, a new trainer the trunk.
+    with remote_link(RUN, n_peers=3, load=path) as (link, _):
+        resumed = make_trainer(RUN, link)
+        load_checkpoint(path, resumed.model, resumed.optimizer)
+        resumed.step = read_meta(path).step
+        losses = [resumed.train_step().loss for _ in range(6)]
+    assert losses == expected
+    assert losses != first
+
+
+def test_a_checkpoint_without_the_experts_would_not_do(tmp_path: Path) -> None:
+    """The test above compares something: fresh experts under a trained trunk give other losses."""
+    with host_here(RUN) as link:
+        trainer = make_trainer(RUN, link)
+        for _ in range(6):
+            trainer.train_step()
+        path = save(trainer, link, tmp_path)
+        expected = trainer.train_step().loss
+    with host_here(RUN) as link:
+        resumed = make_trainer(RUN, link)
+        load_checkpoint(path, resumed.model, resumed.optimizer)
+        resumed.step = 6
+        assert resumed.train_step().loss != expected
+
+
+def test_no_sample_is_skipped_or_repeated_across_a_resume() -> None:
+    from moe_net.data.batches import BatchId
+
+    uninterrupted, resumed = text_batches(RUN), text_batches(RUN)
+    steps = uninterrupted.n_windows // 4
+    seen = [w for step in range(steps // 2) for w in uninterrupted.windows(BatchId(step)).tolist()]
+    seen += [w for step in range(steps // 2, steps) for w in resumed.windows(BatchId(step)).tolist()]
+    assert len(seen) == len(set(seen)) == steps * 4
+
+
+def test_damage_and_half_written_checkpoints_are_noticed(tmp_path: Path) -> None:
+    with host_here(RUN) as link:
+        trainer = make_trainer(RUN, link)
+        trainer.train_step()
+        path = save(trainer, link, tmp_path)
+        trainer.train_step()
+        newer = save(trainer, link, tmp_path)
+    assert newest_checkpoint(tmp_path) == newer
+    # A crash in the middle of the third: only a hidden folder without state.json.
+    (tmp_path / ".step-00000003.partial").mkdir()
+    assert newest_checkpoint(tmp_path) == newer
+    expert_file = next((newer / "experts").iterdir())
+    data = bytearray(expert_file.read_bytes())
+    data[-1] ^= 1
+    expert_file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_meta(newer)
+    assert read_meta(path).step == 1
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        newest_checkpoint(tmp_path / "nothing")
+
+
+def test_the_experts_of_a_checkpoint_are_those_of_the_peers(tmp_path: Path) -> None:
+    with remote_link(RUN, n_peers=2) as (link, _):
+        trainer = make_trainer(RUN, link)
+        trainer.train_step()
+        path = save(trainer, link, tmp_path)
+    state = {}
+    for file in sorted((path / "experts").iterdir()):
+        state |= unpack(file.read_bytes(), run=RUN.name, shape=RUN.model.expert_shape)
+    assert {name.rsplit(".", 1)[0] for name in state} == {str(e) for e in RUN.model.expert_ids}
+    assert all(int(value) == 1 for name, value in state.items() if name.endswith("version"))
+    fresh = make_banks(RUN, RUN.model.expert_ids)[0].state()
+    assert any(not state[name].equal(fresh[name]) for name in fresh if name.endswith("w_in"))

@@ -1,0 +1,192 @@
+"""The commands' options, and what a local swarm derives from them. No torch, no grpc: `--help` reads it."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from moe_net.config import RunConfig, load_toml, to_json
+from moe_net.model.config import PRESETS, ModelConfig
+from moe_net.optim import OptimizerConfig
+
+RUN_FILE = "run.toml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Start a run, or serve one that exists: answer newcomers and keep the manifest in the DHT."""
+
+    config: Path
+    """The run's manifest, as TOML (fields of RunConfig)."""
+    listen: str = "127.0.0.1:0"
+    """host:port of the gRPC service; port 0 takes a free one."""
+    dht_listen: str | None = None
+    """libp2p multiaddr the DHT node listens on, like /ip4/0.0.0.0/tcp/4001; by default a free port of the same host."""
+    join: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Address of a member of the run, to enter its DHT by: a coordinator's host:port or a libp2p multiaddr; repeat for
+    more. Without one: a new DHT."""
+    manifest_ttl_s: float = 300.0
+    """Life of the manifest in the DHT; refreshed after a sixth of that."""
+
+    def __post_init__(self) -> None:
+        host, _, port = self.listen.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"listen={self.listen!r} is not host:port")
+        self.dht_multiaddr  # noqa: B018  a wrong one is found now
+        if not self.manifest_ttl_s > 0:
+            raise ValueError("manifest_ttl_s must be positive")
+
+    @property
+    def dht_multiaddr(self) -> str:
+        """Where the DHT node listens; ValueError when that does not follow from `listen`."""
+        if self.dht_listen is not None:
+            return self.dht_listen
+        host = self.listen.rpartition(":")[0].strip("[]")
+        try:
+            address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        except ValueError:
+            raise ValueError(f"listen={self.listen!r} names no IP address: say --dht-listen as well") from None
+        return f"/ip{address.version}/{address}/tcp/0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalOptions:
+    """Run a whole swarm as processes of this machine: a coordinator, peers, trainers."""
+
+    peers: int = 3
+    """Expert servers."""
+    trainers: int = 1
+    """Trainers."""
+    replicas: int = 1
+    """Peers that host each expert."""
+    kill_peer_at_step: int | None = None
+    """SIGKILL the last peer, and all it started, when the first trainer has made this step."""
+    preset: str | None = None
+    """Model preset; `tiny` unless --config is given."""
+    config: Path | None = None
+    """Manifest to use instead of one made from the preset."""
+    steps: int | None = None
+    """Steps each trainer makes; 300, or optimizer.total_steps of --config."""
+    sequences: int = 16
+    """Sequences per step and trainer."""
+    micro_batches: int | None = None
+    """Micro-batches in flight per trainer; the trainer's default when absent."""
+    eval_every: int | None = None
+    """Steps between evaluations; the trainer's default when absent."""
+    data: Path | None = None
+    """Text to train on; the trainer's own when absent."""
+    out: Path = Path("runs/local")
+    """Folder for run.toml, logs and each trainer's results."""
+    seed: int | None = None
+    """Seed of the run; 0 when absent."""
+    wire: Literal["fp32", "bf16", "fp16", "int8"] | None = None
+    """Encoding of activations and gradients; bf16 when absent."""
+    resume: Path | None = None
+    """The --out folder of an earlier local run, to go on from its last checkpoint."""
+    base_port: int = 0
+    """The coordinator listens here, the peers on the ports after it; 0: free ports."""
+    ready_timeout_s: float = 120.0
+    """How long a process may take to start (torch's import included)."""
+    grace_s: float = 10.0
+    """How long a process may take to stop before it is killed."""
+
+    def __post_init__(self) -> None:
+        if self.peers < 1 or self.trainers < 1:
+            raise ValueError("peers and trainers must be at least 1")
+        if not 1 <= self.replicas <= self.peers:
+            raise ValueError(f"replicas={self.replicas} is not in 1..peers={self.peers}")
+        if self.sequences < 1 or (self.steps is not None and self.steps < 1):
+            raise ValueError("sequences and steps must be at least 1")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}: choose one of {', '.join(PRESETS)}")
+        fixed = {"--preset": self.preset, "--seed": self.seed, "--wire": self.wire}
+        given = [flag for flag, value in fixed.items() if value is not None]
+        if given and (self.config or self.resume):
+            source = "--config" if self.config else f"{RUN_FILE} of --resume"
+            raise ValueError(f"{', '.join(given)}: the manifest ({source}) says that already")
+        if self.config and self.resume:
+            raise ValueError(f"--config and --resume exclude each other: {RUN_FILE} of --resume is the manifest")
+
+
+def run_config(options: LocalOptions) -> RunConfig:
+    """The manifest of a local swarm: that of --config or --resume, else one from preset, steps, sequences and seed."""
+    if options.config or options.resume:
+        return load_toml(RunConfig, options.config or Path(options.resume or "") / RUN_FILE)
+    model = PRESETS[options.preset or "tiny"]
+    return RunConfig(
+        name="demo",
+        seed=options.seed or 0,
+        model=model,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, total_steps=options.steps or 300),
+        global_batch_tokens=options.trainers * options.sequences * model.seq_len,
+        wire=options.wire or "bf16",
+    )
+
+
+def newest_checkpoint(out: Path) -> Path:
+    """The latest checkpoint of the first trainer of the local run in `out`; ValueError when there is none."""
+    folder = out / "trainer-0" / "checkpoints"
+    found = sorted(path.parent for path in folder.glob("step-*/state.json"))
+    if not found:
+        raise ValueError(f"nothing to resume: no {folder}/step-N/state.json")
+    return found[-1]
+
+
+def deal_experts(model: ModelConfig, *, peers: int, replicas: int) -> list[str]:
+    """Each peer's `--experts`: peer p hosts index i of every layer when i mod `peers` is p, or one of the
+    `replicas`-1 before p. ValueError when a peer would host nothing."""
+    specs: list[str] = []
+    for peer in range(peers):
+        mine = [i for i in range(model.n_experts) if (peer - i) % peers < replicas]
+        if not mine:
+            raise ValueError(
+                f"peer {peer} would host nothing: {peers} peers are too many for {model.n_experts} experts per layer "
+                f"at {replicas} replicas"
+            )
+        specs.append(",".join(f"*.{i}" for i in mine))
+    return specs
+
+
+def trainer_threads(cores: int, *, peers: int, trainers: int) -> int:
+    """Threads of one trainer: what the peers' one thread each leaves, shared among the trainers."""
+    return max(1, (cores - peers) // trainers)
+
+
+def to_toml(config: object) -> str:
+    """A dataclass as TOML that `load_toml` reads back: scalars and lists of them, and nested dataclasses as tables."""
+    return "\n".join(_toml_table(json.loads(to_json(config)), ())) + "\n"
+
+
+def _toml_table(values: dict[str, Any], path: Sequence[str]) -> Iterator[str]:
+    if path:
+        yield f"\n[{'.'.join(path)}]"
+    for name, value in values.items():
+        if not isinstance(value, dict) and value is not None:
+            yield f"{name} = {_toml_value(value)}"
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _toml_table(value, (*path, name))
+
+
+def _toml_value(value: object) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int():
+            return str(value)
+        case float() if math.isfinite(value):
+            return repr(value)
+        case str():
+            # JSON's escapes are TOML's; DEL is the one character that only TOML wants escaped.
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case list():
+            return f"[{', '.join(_toml_value(item) for item in value)}]"
+        case _:
+            raise ValueError(f"{value!r} has no place in a configuration file")

@@ -1,0 +1,205 @@
+"""`moe-coordinator local`: a whole swarm as real processes of this machine, with a peer killed on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_coordinator.config import (
+    RUN_FILE,
+    LocalOptions,
+    deal_experts,
+    newest_checkpoint,
+    run_config,
+    to_toml,
+    trainer_threads,
+)
+from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supervisor, describe_exit
+from moe_net.config import RunConfig
+
+COORDINATOR = (sys.executable, "-m", "moe_coordinator.cli", "serve")
+PEER = (sys.executable, "-m", "moe_peer.cli", "serve")
+TRAINER = (sys.executable, "-m", "moe_peer.cli", "train")
+
+
+def main(options: LocalOptions) -> int:
+    """Exit code: 0 when every trainer finished, 1 when one failed, 128 + signal when asked to stop."""
+    run = run_config(options)
+    specs = deal_experts(run.model, peers=options.peers, replicas=options.replicas)
+    if options.resume:
+        newest_checkpoint(options.resume)  # a folder without one is refused before anything starts
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / RUN_FILE).write_text(to_toml(run))
+    return asyncio.run(LocalSwarm(options, run, specs).run())
+
+
+def coordinator_spec(options: LocalOptions) -> ChildSpec:
+    return ChildSpec(
+        name="coordinator",
+        argv=(*COORDINATOR, "--config", str(options.out / RUN_FILE), "--listen", _listen(options, 0)),
+        env=_threads_env(1),
+    )
+
+
+def peer_spec(options: LocalOptions, index: int, *, join: str, experts: str) -> ChildSpec:
+    argv = [*PEER, "--join", join, "--experts", experts, "--listen", _listen(options, 1 + index), "--threads", "1"]
+    if options.resume:
+        argv += ["--load", str(newest_checkpoint(options.resume))]
+    return ChildSpec(name=f"peer-{index}", argv=tuple(argv), env=_threads_env(1))
+
+
+def trainer_spec(options: LocalOptions, run: RunConfig, index: int, *, join: str, cores: int) -> ChildSpec:
+    threads = trainer_threads(cores, peers=options.peers, trainers=options.trainers)
+    settings = {
+        "--join": join,
+        "--run": run.name,
+        "--out": options.out / f"trainer-{index}",
+        "--trainer-index": index,
+        "--trainers": options.trainers,
+        "--steps": options.steps or run.optimizer.total_steps,
+        "--sequences": options.sequences,
+        "--threads": threads,
+        "--micro-batches": options.micro_batches,
+        "--eval-every": options.eval_every,
+        "--data": options.data,
+        "--resume": options.resume and options.resume / f"trainer-{index}",
+    }
+    argv = [text for flag, value in settings.items() if value is not None for text in (flag, str(value))]
+    return ChildSpec(
+        name=f"trainer-{index}",
+        argv=(*TRAINER, *argv),
+        env=_threads_env(threads),
+        stderr="terminal" if options.trainers == 1 else "log",
+    )
+
+
+def _listen(options: LocalOptions, offset: int) -> str:
+    return f"127.0.0.1:{options.base_port + offset if options.base_port else 0}"
+
+
+def _threads_env(threads: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads)}
+
+
+class LocalSwarm:
+    """One run of the swarm."""
+
+    def __init__(self, options: LocalOptions, run: RunConfig, experts: Sequence[str]) -> None:
+        self._options = options
+        self._run_config = run
+        self._experts = experts
+        self._peers: list[Child] = []
+        self._trainers: list[Child] = []
+        self._trainer_exits: asyncio.Queue[Child] = asyncio.Queue()
+        self._console = Console(stderr=True, highlight=False)
+        self._peer_was_killed = False
+
+    async def run(self) -> int:
+        supervisor = Supervisor(
+            self._options.out / "logs",
+            grace_s=self._options.grace_s,
+            on_event=self._on_event,
+            on_exit=self._on_exit,
+        )
+        work = asyncio.create_task(self._train(supervisor))
+        asked: list[int] = []
+
+        def ask(number: int) -> None:
+            asked.append(number)
+            if len(asked) == 1:
+                self._say("stopping (once more: kill)")
+                work.cancel()
+            else:
+                supervisor.hurry()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, ask, number)
+        try:
+            await work
+        except ChildError as error:
+            self._say(str(error))
+            return 1
+        except asyncio.CancelledError:
+            return 128 + asked[0] if asked else 1
+        self._print_summary()
+        return 0
+
+    async def _train(self, supervisor: Supervisor) -> None:
+        """Start everything, wait for the trainers, stop the rest. ChildError when something failed that must not."""
+        options = self._options
+        async with supervisor:
+            self._say(f"logs in {options.out / 'logs'}")
+            coordinator = await supervisor.start(coordinator_spec(options))
+            ready = await coordinator.ready(options.ready_timeout_s)
+            join = str(ready["address"])
+            for index, experts in enumerate(self._experts):
+                self._peers.append(await supervisor.start(peer_spec(options, index, join=join, experts=experts)))
+            for peer in self._peers:
+                ready = await peer.ready(options.ready_timeout_s)
+                self._say(f"{peer.name} serves at {ready['address']}: {self._experts[self._peers.index(peer)]}")
+            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+            for index in range(options.trainers):
+                spec = trainer_spec(options, self._run_config, index, join=join, cores=cores)
+                self._trainers.append(await supervisor.start(spec))
+            for _ in range(options.trainers):
+                trainer = await self._trainer_exits.get()
+                code = await trainer.wait()
+                if code != 0:
+                    raise ChildError(trainer.report(f"failed with {describe_exit(code)}"))
+            # The peers before the coordinator: they tell the DHT that they leave.
+            await supervisor.stop(self._peers)
+
+    def _on_event(self, child: Child, event: Event) -> None:
+        kill_at = self._options.kill_peer_at_step
+        if (
+            event["event"] == "step"
+            and child is self._trainers[0]
+            and not self._peer_was_killed
+            and kill_at is not None
+            and event["step"] >= kill_at
+        ):
+            self._peer_was_killed = True
+            peer = self._peers[-1]
+            peer.kill()
+            self._say(f"step {event['step']}: killed {peer.name} (SIGKILL), which hosts {self._experts[-1]}")
+
+    def _on_exit(self, child: Child, code: int) -> None:
+        if child in self._trainers:
+            self._trainer_exits.put_nowait(child)
+        elif not child.stopping and "ready" in child.last:
+            self._say(child.report(f"ended by itself with {describe_exit(code)}; the run goes on"))
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def _print_summary(self) -> None:
+        for trainer in self._trainers:
+            print_summary(trainer.name, trainer.last.get("done", {}), self._options.out / trainer.name)
+
+
+def print_summary(name: str, done: Event, out: Path) -> None:
+    """The trainer's last event as a table on stdout, texts (the sample) below it."""
+    console = Console(highlight=False)
+    table = Table(title=name, show_header=False)
+    texts: dict[str, str] = {}
+    for key, value in done.items():
+        if key == "event":
+            continue
+        if isinstance(value, str) and ("\n" in value or len(value) > 60) and not Path(value).is_absolute():
+            texts[key] = value
+        else:
+            table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    for file in ("loss.png", "metrics.jsonl"):
+        if (out / file).exists():
+            table.add_row(file, str(out / file))
+    console.print(table)
+    for key, text in texts.items():
+        console.print(f"{key.replace('_', ' ')}:", style="bold")
+        console.print(text, markup=False, soft_wrap=True)

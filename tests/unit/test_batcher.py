@@ -1,0 +1,308 @@
+"""What runs together, in which order, what is refused and what is dropped. The device is real, its work is gated."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_net.errors import BusyError, MoeNetError, WireError
+from moe_net.types import Encoding
+from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
+from moe_peer.batcher import Batcher
+from moe_peer.device import DeviceThread
+
+NUMBERS = itertools.count()
+WIDTH = 2
+
+
+class Work:
+    """Handlers that record what ran; while `gate` is cleared, the device stands still in whatever it began."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.begun = threading.Semaphore(0)
+        self.batches: list[tuple[str, int, list[int]]] = []
+        self.refuse: dict[int, MoeNetError] = {}
+        self.bug: Exception | None = None
+
+    def _run(self, kind: str, calls: Sequence[ForwardCall | BackwardCall]) -> None:
+        self.batches.append((kind, calls[0].layer, [call.step for call in calls]))
+        self.begun.release()
+        assert self.gate.wait(60)
+        if self.bug is not None:
+            raise self.bug
+
+    def forward_many(self, calls: Sequence[ForwardCall]) -> list[ForwardAnswer | MoeNetError]:
+        self._run("forward", calls)
+        return [self.refuse.get(c.step) or ForwardAnswer(y_RD=c.rows.x_RD, encoding=c.reply_encoding) for c in calls]
+
+    def backward_many(self, calls: Sequence[BackwardCall]) -> list[BackwardAnswer | MoeNetError]:
+        self._run("backward", calls)
+        return [BackwardAnswer(dx_RD=c.grad_RD, gate_grad_P=torch.zeros(0)) for c in calls]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        # Every look is later than the one before, so that "oldest" is never a tie.
+        self.now_s += 1e-6
+        return self.now_s
+
+
+@asynccontextmanager
+async def batching(
+    work: Work, clock: Clock | None = None, *, batch_rows: int = 100, queue_rows: int = 1000, queue_bytes: int = 1 << 20
+) -> AsyncIterator[Batcher]:
+    async with (
+        DeviceThread("test-device") as device,
+        Batcher(
+            device,
+            forward_many=work.forward_many,
+            backward_many=work.backward_many,
+            max_batch_rows=batch_rows,
+            max_queue_rows=queue_rows,
+            max_queue_bytes=queue_bytes,
+            clock=clock or Clock(),
+        ) as batcher,
+    ):
+        try:
+            yield batcher
+        finally:
+            work.gate.set()
+
+
+def forward_call(number: int, *, layer: int = 0, n_rows: int = 1, call_id: bytes | None = None) -> ForwardCall:
+    rows = RoutedRows(
+        x_RD=torch.full((n_rows, WIDTH), float(number)),
+        experts_per_row_R=torch.ones(n_rows, dtype=torch.int32),
+        expert_index_P=torch.zeros(n_rows, dtype=torch.int32),
+        gate_P=torch.ones(n_rows),
+    )
+    call_id = call_id or next(NUMBERS).to_bytes(16, "big")
+    return ForwardCall(call_id=call_id, trainer="t", step=number, layer=layer, rows=rows)
+
+
+def backward_call(number: int, *, layer: int = 0) -> BackwardCall:
+    call_id = next(NUMBERS).to_bytes(16, "big")
+    return BackwardCall(call_id=call_id, trainer="t", step=number, layer=layer, grad_RD=torch.zeros(1, WIDTH))
+
+
+async def begun(work: Work) -> None:
+    """The device has entered its next batch."""
+    assert await asyncio.to_thread(work.begun.acquire, timeout=60)
+
+
+async def queued(batcher: Batcher, n_rows: int) -> None:
+    """The tasks made so far have run up to their waiting: each needs one turn of the loop."""
+    await asyncio.sleep(0)
+    assert batcher.queue_rows == n_rows
+
+
+async def test_calls_that_arrive_while_the_device_works_run_together_by_layer_and_kind() -> None:
+    work = Work()
+    work.gate.clear()
+    async with batching(work) as batcher, asyncio.TaskGroup() as group:
+        tasks = [group.create_task(batcher.forward(forward_call(0)))]
+        await begun(work)
+        for number, layer in [(1, 0), (2, 1), (3, 0), (4, 1)]:
+            tasks.append(group.create_task(batcher.forward(forward_call(number, layer=layer))))
+        others = [group.create_task(batcher.backward(backward_call(number))) for number in (5, 6)]
+        await queued(batcher, 6)
+        work.gate.set()
+        answers = [await task for task in tasks]
+        await asyncio.gather(*others)
+    assert work.batches == [
+        ("forward", 0, [0]),
+        ("forward", 0, [1, 3]),
+        ("forward", 1, [2, 4]),
+        ("backward", 0, [5, 6]),
+    ]
+    assert [float(answer.y_RD[0, 0]) for answer in answers] == [0, 1, 2, 3, 4], "everybody gets their own rows"
+
+
+async def test_an_idle_device_starts_at_once_on_a_single_call() -> None:
+    work = Work()
+    async with batching(work) as batcher:
+        for number in range(3):
+            await batcher.forward(forward_call(number))
+    assert [steps for _, _, steps in work.batches] == [[0], [1], [2]]
+
+
+async def test_a_batch_stops_at_its_rows_and_one_larger_call_runs_alone() -> None:
+    work = Work()
+    work.gate.clear()
+    async with batching(work, batch_rows=10) as batcher, asyncio.TaskGroup() as group:
+        group.create_task(batcher.forward(forward_call(0)))
+        await begun(work)
+        for number, n_rows in enumerate([4, 6, 1, 30, 2], start=1):
+            group.create_task(batcher.forward(forward_call(number, n_rows=n_rows)))
+        await queued(batcher, 43)
+        work.gate.set()
+    assert [steps for _, _, steps in work.batches] == [[0], [1, 2], [3], [4], [5]]
+
+
+async def test_the_layer_whose_call_is_oldest_goes_first_however_busy_another_is() -> None:
+    work = Work()
+    work.gate.clear()
+    async with batching(work, batch_rows=2) as batcher, asyncio.TaskGroup() as group:
+        group.create_task(batcher.forward(forward_call(0)))
+        await begun(work)
+        for number, layer in enumerate([0, 0, 1, 0, 0, 0, 0], start=1):
+            group.create_task(batcher.forward(forward_call(number, layer=layer)))
+        await queued(batcher, 7)
+        work.gate.set()
+    assert [steps for _, _, steps in work.batches] == [[0], [1, 2], [3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("limit", ["rows", "bytes"])
+async def test_a_full_queue_refuses_and_says_how_much_waits(limit: str) -> None:
+    work = Work()
+    work.gate.clear()
+    queue_rows, queue_bytes = (8, 1 << 20) if limit == "rows" else (1000, 8 * (4 * WIDTH + 4 + 8))
+    async with (
+        batching(work, queue_rows=queue_rows, queue_bytes=queue_bytes) as batcher,
+        asyncio.TaskGroup() as group,
+    ):
+        group.create_task(batcher.forward(forward_call(0, n_rows=50)))
+        await begun(work)
+        group.create_task(batcher.forward(forward_call(1, n_rows=6)))
+        await queued(batcher, 6)
+        with pytest.raises(BusyError, match=r"6 rows .* wait"):
+            await batcher.forward(forward_call(2, n_rows=3))
+        group.create_task(batcher.forward(forward_call(3, n_rows=2)))
+        await queued(batcher, 8)
+        work.gate.set()
+    assert (batcher.queue_rows, batcher.queue_bytes) == (0, 0)
+    assert [steps for _, _, steps in work.batches] == [[0], [1, 3]]
+
+
+async def test_a_call_larger_than_the_queue_is_taken_when_nothing_waits() -> None:
+    work = Work()
+    async with batching(work, queue_rows=5) as batcher:
+        assert (await batcher.forward(forward_call(0, n_rows=9))).y_RD.shape[0] == 9
+
+
+async def test_calls_whose_deadline_passed_or_whose_caller_left_are_not_computed() -> None:
+    work, clock = Work(), Clock()
+    work.gate.clear()
+    async with batching(work, clock) as batcher, asyncio.TaskGroup() as group:
+        group.create_task(batcher.forward(forward_call(0)))
+        await begun(work)
+        late = asyncio.create_task(batcher.forward(forward_call(1), timeout_s=5))
+        left = asyncio.create_task(batcher.forward(forward_call(2)))
+        patient = group.create_task(batcher.forward(forward_call(3), timeout_s=50))
+        await queued(batcher, 3)
+        left.cancel()
+        clock.now_s += 10
+        work.gate.set()
+        with pytest.raises(TimeoutError, match="nothing was computed"):
+            await late
+        assert (await patient).queue_us >= 10_000_000
+        assert left.cancelled()
+    assert [steps for _, _, steps in work.batches] == [[0], [3]]
+
+
+async def test_equal_calls_in_flight_share_one_result_and_outlive_the_one_who_left() -> None:
+    work = Work()
+    work.gate.clear()
+    async with batching(work) as batcher, asyncio.TaskGroup() as group:
+        call = forward_call(0)
+        first = asyncio.create_task(batcher.forward(call))
+        await begun(work)
+        second = group.create_task(batcher.forward(call))
+        other = forward_call(0, n_rows=2, call_id=call.call_id)
+        contradicts = group.create_task(batcher.forward(other))
+        await queued(batcher, 2)
+        first.cancel()
+        work.gate.set()
+        assert (await second).y_RD is call.rows.x_RD
+        assert (await contradicts).y_RD is other.rows.x_RD
+        again = await batcher.forward(call)
+        assert again.y_RD is call.rows.x_RD
+    assert len(work.batches) == 3, "shared while in flight, not afterwards"
+    assert first.cancelled()
+
+
+async def test_each_of_those_who_share_gets_the_encoding_it_asked_for() -> None:
+    work = Work()
+    work.gate.clear()
+    async with batching(work) as batcher, asyncio.TaskGroup() as group:
+        call_id = b"c" * 16
+        wanted = [Encoding.FP32, Encoding.INT8]
+        calls = [replace(forward_call(0, call_id=call_id), reply_encoding=encoding) for encoding in wanted]
+        tasks = [group.create_task(batcher.forward(call)) for call in calls]
+        await begun(work)
+        work.gate.set()
+        assert [(await task).encoding for task in tasks] == wanted
+    assert len(work.batches) == 1
+
+
+async def test_refusals_reach_their_own_call_only_and_a_bug_reaches_its_batch_only() -> None:
+    work = Work()
+    async with batching(work) as batcher:
+        work.refuse[1] = WireError("bad")
+        results = await asyncio.gather(
+            *(batcher.forward(forward_call(number)) for number in range(3)), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [ForwardAnswer, WireError, ForwardAnswer]
+        work.bug = ZeroDivisionError("ours")
+        with pytest.raises(ZeroDivisionError):
+            await batcher.forward(forward_call(7))
+        work.bug = None
+        assert isinstance(await batcher.forward(forward_call(8)), ForwardAnswer)
+
+
+async def test_stopping_answers_those_who_wait() -> None:
+    work = Work()
+    work.gate.clear()
+    async with batching(work) as batcher:
+        running = asyncio.create_task(batcher.forward(forward_call(0)))
+        await begun(work)
+        waiting = asyncio.create_task(batcher.forward(forward_call(1)))
+        await queued(batcher, 1)
+    for task in (running, waiting):
+        with pytest.raises(BusyError, match="stopping"):
+            await task
+
+
+async def test_the_device_runs_one_thing_at_a_time_on_one_thread_in_order() -> None:
+    seen: list[tuple[int, int]] = []
+    async with DeviceThread("test-device") as device:
+        await asyncio.gather(*(device.run(lambda n: seen.append((n, threading.get_ident())), n) for n in range(20)))
+        with pytest.raises(KeyError, match="no such"):
+            await device.run({}.__getitem__, "no such")
+    assert [number for number, _ in seen] == list(range(20))
+    assert len({thread for _, thread in seen} | {threading.get_ident()}) == 2
+    with pytest.raises(RuntimeError):
+        device.submit(print)
+
+
+async def test_work_whose_caller_left_is_run_whole_or_not_at_all() -> None:
+    gate, entered, done = threading.Event(), threading.Event(), list[str]()
+
+    def work(name: str) -> None:
+        entered.set()
+        assert gate.wait(60)
+        done.append(name)
+
+    async with DeviceThread("test-device") as device:
+        running = asyncio.create_task(device.run(work, "running"))
+        assert await asyncio.to_thread(entered.wait, 60)
+        waiting = asyncio.create_task(device.run(work, "waiting"))
+        await asyncio.sleep(0)
+        running.cancel()
+        waiting.cancel()
+        await asyncio.wait([running, waiting])
+        gate.set()
+        await device.run(work, "later")
+    assert done == ["running", "later"]

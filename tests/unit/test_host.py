@@ -1,0 +1,331 @@
+"""An expert host against single experts written out, its merging against single calls, its refusals."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_net.errors import BusyError, InputsGoneError, StaleStepError, UnknownExpertError, WireError
+from moe_net.experts.bank import ExpertBank
+from moe_net.experts.callbook import CallBook
+from moe_net.experts.host import ExpertHost, pad_pairs
+from moe_net.optim import OptimizerConfig
+from moe_net.types import ExpertShape
+from moe_net.wire.messages import (
+    BackwardAnswer,
+    BackwardCall,
+    CommitCall,
+    ForwardAnswer,
+    ForwardCall,
+    RoutedRows,
+)
+
+D, F_ = 6, 5
+SHAPE = ExpertShape(d_model=D, d_ff=F_)
+HOSTED = (0, 1, 3)
+NUMBERS = itertools.count()
+
+
+def new_bank(layer: int = 0, *, batch_tokens: int = 1000, std: float = 0.5) -> ExpertBank:
+    return ExpertBank(
+        layer=layer, indices=HOSTED, shape=SHAPE, optimizer=OptimizerConfig(warmup_steps=0, learning_rate=0.1),
+        global_batch_tokens=batch_tokens, run="test", seed=1, init_std=std,
+    )  # fmt: skip
+
+
+def new_host(*, cache_bytes: int = 1 << 24, reply_bytes: int = 1 << 24, batch_tokens: int = 1000) -> ExpertHost:
+    banks = {layer: new_bank(layer, batch_tokens=batch_tokens) for layer in (0, 2)}
+    return ExpertHost(banks, cache_bytes=cache_bytes, reply_bytes=reply_bytes)
+
+
+def rows_of(experts: Sequence[Sequence[int]], seed: int = 0) -> RoutedRows:
+    draw = torch.Generator().manual_seed(seed)
+    flat = [e for row in experts for e in row]
+    return RoutedRows(
+        x_RD=torch.randn(len(experts), D, generator=draw),
+        experts_per_row_R=torch.tensor([len(row) for row in experts], dtype=torch.int32),
+        expert_index_P=torch.tensor(flat, dtype=torch.int32),
+        gate_P=torch.rand(len(flat), generator=draw) + 0.1,
+    )
+
+
+def forward_call(experts: Sequence[Sequence[int]], *, layer: int = 0, step: int = 0, seed: int = 0) -> ForwardCall:
+    call_id = next(NUMBERS).to_bytes(16, "big")
+    return ForwardCall(call_id=call_id, trainer="t", step=step, layer=layer, rows=rows_of(experts, seed))
+
+
+def backward_call(of: ForwardCall, *, resend: bool = False) -> BackwardCall:
+    grad = torch.randn(of.rows.x_RD.shape, generator=torch.Generator().manual_seed(7))
+    return BackwardCall(
+        call_id=of.call_id, trainer=of.trainer, step=of.step, layer=of.layer, grad_RD=grad,
+        rows=of.rows if resend else None,
+    )  # fmt: skip
+
+
+def forward(host: ExpertHost, *calls: ForwardCall) -> list[ForwardAnswer]:
+    answers = host.forward_many(calls)
+    assert all(isinstance(a, ForwardAnswer) for a in answers), answers
+    return [a for a in answers if isinstance(a, ForwardAnswer)]
+
+
+def backward(host: ExpertHost, *calls: BackwardCall) -> list[BackwardAnswer]:
+    answers = host.backward_many(calls)
+    assert all(isinstance(a, BackwardAnswer) for a in answers), answers
+    return [a for a in answers if isinstance(a, BackwardAnswer)]
+
+
+def grad_sums(host: ExpertHost) -> Tensor:
+    """Every gradient that was added, in one vector."""
+    banks = host._banks.values()
+    return torch.cat([g.flatten() for bank in banks for g in bank._optimizer.grads]).clone()
+
+
+def exact(
+    rows: RoutedRows, grad_RD: Tensor, hosted: Sequence[int] = HOSTED
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(y, dx, dgate, weight gradients) by autograd, pair by pair."""
+    state = {n: v.requires_grad_() for n, v in new_bank().state().items() if n.split(".")[2] in ("w_in", "w_out")}
+    x_RD = rows.x_RD.clone().requires_grad_()
+    gate_P = rows.gate_P.clone().requires_grad_()
+    pair = 0
+    sums: list[Tensor] = []
+    for r, count in enumerate(rows.experts_per_row_R.tolist()):
+        y = torch.zeros(D)
+        for _ in range(count):
+            e = int(rows.expert_index_P[pair])
+            if e in hosted:
+                gate, up = (x_RD[r] @ state[f"0.{e}.w_in"]).chunk(2)
+                y = y + gate_P[pair] * ((F.silu(gate) * up) @ state[f"0.{e}.w_out"])
+            pair += 1
+        sums.append(y)
+    y_RD = torch.stack(sums)
+    (y_RD * grad_RD).sum().backward()
+    grads = {n: v.grad if v.grad is not None else torch.zeros_like(v) for n, v in state.items()}
+    assert x_RD.grad is not None
+    assert gate_P.grad is not None
+    return y_RD.detach(), x_RD.grad, gate_P.grad, grads
+
+
+MIXED = [[0, 3], [1], [3, 1, 0], [0]]
+
+
+@pytest.mark.parametrize("experts", [MIXED, [[0, 1], [1, 3], [3, 0]], [[1]]], ids=["ragged", "top-2", "one"])
+@pytest.mark.parametrize("resend", [False, True])
+def test_values_and_all_gradients_equal_the_experts_written_out(experts: list[list[int]], resend: bool) -> None:
+    host = new_host(cache_bytes=0 if resend else 1 << 24)
+    call = forward_call(experts)
+    back = backward_call(call, resend=resend)
+    y_RD, dx_RD, dgate_P, grads = exact(call.rows, back.grad_RD)
+    (answer,) = forward(host, call)
+    torch.testing.assert_close(answer.y_RD, y_RD)
+    (result,) = backward(host, back)
+    torch.testing.assert_close(result.dx_RD, dx_RD)
+    torch.testing.assert_close(result.gate_grad_P, dgate_P)
+    assert not result.repeated
+    added = host._banks[0]._optimizer.grads
+    for slot, e in enumerate(HOSTED):
+        torch.testing.assert_close(added.w_in_EDH[slot], grads[f"0.{e}.w_in"])
+        torch.testing.assert_close(added.w_out_EFD[slot], grads[f"0.{e}.w_out"])
+    used = {e for row in experts for e in row}
+    assert answer.versions == result.versions == dict.fromkeys(sorted(used), 0)
+
+
+def test_experts_not_hosted_leave_the_sum_and_are_named() -> None:
+    host = new_host()
+    call = forward_call([[0, 2], [9, 3], [2, 9]])
+    back = backward_call(call)
+    y_RD, dx_RD, dgate_P, _ = exact(call.rows, back.grad_RD)
+    (answer,) = forward(host, call)
+    assert answer.failed_experts == (2, 9)
+    assert answer.versions == {0: 0, 3: 0}
+    torch.testing.assert_close(answer.y_RD, y_RD)
+    (result,) = backward(host, back)
+    torch.testing.assert_close(result.dx_RD, dx_RD)
+    torch.testing.assert_close(result.gate_grad_P, dgate_P)
+    assert result.gate_grad_P[[1, 2, 4, 5]].abs().max() == 0
+
+
+def test_merged_calls_get_what_they_would_get_alone() -> None:
+    calls = [forward_call(MIXED, seed=1), forward_call([[0, 1], [3, 1]], seed=2), forward_call([[1, 2]], seed=3)]
+    alone, together = new_host(), new_host()
+    for one, merged in zip([forward(alone, c)[0] for c in calls], forward(together, *calls), strict=True):
+        torch.testing.assert_close(merged.y_RD, one.y_RD)
+        assert (merged.failed_experts, merged.versions) == (one.failed_experts, one.versions)
+    backs = [backward_call(c) for c in calls]
+    for one, merged in zip([backward(alone, b)[0] for b in backs], backward(together, *backs), strict=True):
+        torch.testing.assert_close(merged.dx_RD, one.dx_RD)
+        torch.testing.assert_close(merged.gate_grad_P, one.gate_grad_P)
+    torch.testing.assert_close(grad_sums(together), grad_sums(alone))
+
+
+def test_one_bad_call_does_not_hurt_those_merged_with_it() -> None:
+    host, alone = new_host(), new_host()
+    good = [forward_call(MIXED), forward_call([[1]])]
+    wide = replace(good[0], call_id=b"w" * 16, rows=replace(good[0].rows, x_RD=torch.zeros(4, D + 1)))
+    uneven = replace(good[0], call_id=b"u" * 16, rows=replace(good[0].rows, gate_P=torch.ones(2)))
+    strange = forward_call([[7], [8, 9]])
+    answers = host.forward_many([wide, good[0], strange, uneven, good[1]])
+    kinds = [type(a) for a in answers]
+    assert kinds == [WireError, ForwardAnswer, UnknownExpertError, WireError, ForwardAnswer]
+    backs = [backward_call(c) for c in good]
+    gone = backward_call(forward_call([[0]]))
+    stale = replace(backward_call(good[1]), call_id=b"s" * 16, step=0, trainer="other")
+    host.commit(CommitCall(trainer="other", step=0, tokens=0))
+    results = host.backward_many([gone, backs[0], stale, backs[1]])
+    assert [type(r) for r in results] == [InputsGoneError, BackwardAnswer, StaleStepError, BackwardAnswer]
+    forward(alone, *good)
+    backward(alone, *backs)
+    torch.testing.assert_close(grad_sums(host), grad_sums(alone))
+
+
+def test_equal_call_ids_within_one_batch_run_once() -> None:
+    host, once = new_host(), new_host()
+    call = forward_call(MIXED)
+    first, second = forward(host, call, call)
+    assert torch.equal(first.y_RD, second.y_RD)
+    back = backward_call(call)
+    one, two = backward(host, back, back)
+    assert (one.repeated, two.repeated) == (False, True)
+    assert torch.equal(one.dx_RD, two.dx_RD)
+    forward(once, call)
+    backward(once, back)
+    assert torch.equal(grad_sums(host), grad_sums(once))
+    other = replace(call, trainer="u")
+    assert isinstance(new_host().forward_many([call, other])[1], WireError)
+
+
+@pytest.mark.parametrize("reply_bytes", [1 << 24, 0])
+def test_a_retry_gets_the_same_answer_whether_or_not_it_is_still_there(reply_bytes: int) -> None:
+    host = new_host(reply_bytes=reply_bytes)
+    call = forward_call(MIXED)
+    forward(host, call)
+    (first,) = backward(host, backward_call(call))
+    added = grad_sums(host)
+    if reply_bytes == 0:
+        assert isinstance(host.backward_many([backward_call(call)])[0], InputsGoneError)
+    (again,) = backward(host, backward_call(call, resend=True))
+    assert again.repeated
+    torch.testing.assert_close(again.dx_RD, first.dx_RD)
+    torch.testing.assert_close(again.gate_grad_P, first.gate_grad_P)
+    assert torch.equal(grad_sums(host), added)
+
+
+def test_new_and_repeated_gradients_in_one_batch_do_not_mix() -> None:
+    host, once = new_host(reply_bytes=0), new_host()
+    old, new = forward_call(MIXED, seed=1), forward_call([[1, 3]], seed=2)
+    for each in (host, once):
+        forward(each, old)
+        backward(each, backward_call(old))
+        forward(each, new)
+    repeated, fresh = backward(host, backward_call(old, resend=True), backward_call(new))
+    assert (repeated.repeated, fresh.repeated) == (True, False)
+    backward(once, backward_call(new))
+    torch.testing.assert_close(grad_sums(host), grad_sums(once))
+
+
+def test_pre_activations_of_a_single_call_are_used_and_inputs_are_not_copied() -> None:
+    host = new_host()
+    call = forward_call([[0, 1], [1, 3]])
+    forward(host, call)
+    kept = host._book._kept[call.call_id]
+    assert kept.inputs is call.rows
+    assert kept.saved is not None
+    assert kept.saved.kernel is not None
+    # Poisoned on purpose: the gradient must come from what was saved.
+    kept.saved.kernel.h_PH.zero_()
+    (result,) = backward(host, backward_call(call))
+    assert result.dx_RD.abs().max() == 0
+
+
+def test_a_commit_steps_every_layer_once_the_batch_is_complete() -> None:
+    host = new_host(batch_tokens=10)
+    call = forward_call([[0]])
+    forward(host, call)
+    backward(host, backward_call(call))
+    first = host.commit(CommitCall(trainer="t", step=0, tokens=6))
+    assert (first.repeated, first.stepped, first.committed_tokens) == (False, False, 6)
+    again = host.commit(CommitCall(trainer="t", step=0, tokens=6))
+    assert (again.repeated, again.stepped, again.committed_tokens) == (True, False, 6)
+    other = host.commit(CommitCall(trainer="u", step=0, tokens=4))
+    assert (other.repeated, other.stepped, other.committed_tokens) == (False, True, 0)
+    assert host.versions == {layer: dict.fromkeys(HOSTED, 1) for layer in (0, 2)}
+    (answer,) = forward(host, forward_call([[0, 3]], step=1))
+    assert answer.versions == {0: 1, 3: 1}
+    late = host.backward_many([backward_call(call, resend=True)])[0]
+    assert isinstance(late, StaleStepError)
+    assert grad_sums(host).abs().max() == 0
+
+
+def test_evaluation_leaves_nothing_behind() -> None:
+    host = new_host()
+    forward(host, replace(forward_call(MIXED), train=False))
+    assert host.book_sizes.kept_calls == 0
+
+
+def test_unknown_layers_and_a_full_book_are_answers() -> None:
+    host = new_host()
+    call = forward_call([[0]], layer=1)
+    assert isinstance(host.forward_many([call])[0], UnknownExpertError)
+    assert isinstance(host.backward_many([backward_call(call, resend=True)])[0], UnknownExpertError)
+    with pytest.raises(UnknownExpertError, match="layer 1"):
+        host.fetch(1, ())
+    with pytest.raises(UnknownExpertError, match="experts 2 of layer 0"):
+        host.fetch(0, (0, 2))
+    with pytest.raises(WireError, match="negative"):
+        host.commit(CommitCall(trainer="t", step=0, tokens=-1))
+    small = CallBook(cache_bytes=1 << 20, reply_bytes=1 << 20, max_open_calls_per_trainer=1)
+    full = ExpertHost({0: new_bank()}, book=small)
+    calls = [forward_call([[0]]), forward_call([[1]])]
+    forward(full, *calls)
+    answers = full.backward_many([backward_call(c) for c in calls])
+    assert [type(a) for a in answers] == [BackwardAnswer, BusyError]
+
+
+def test_state_goes_from_one_host_to_another() -> None:
+    source, target = new_host(batch_tokens=1), new_host()
+    call = forward_call(MIXED)
+    forward(source, call)
+    backward(source, backward_call(call))
+    source.commit(CommitCall(trainer="t", step=0, tokens=1))
+    state = source.fetch(0, ()) | source.fetch(2, (3,))
+    assert target.load_state(state | {"9.0.w_in": torch.zeros(1)}) == 4
+    for name, value in target.fetch(0, ()).items():
+        assert torch.equal(value, source.fetch(0, ())[name])
+    assert target.versions == {0: dict.fromkeys(HOSTED, 1), 2: {0: 0, 1: 0, 3: 1}}
+
+
+@given(counts=st.lists(st.integers(1, 4), max_size=8))
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+def test_padding_keeps_every_pair_in_its_row_and_order(counts: list[int]) -> None:
+    count_R = torch.tensor(counts, dtype=torch.int32)
+    n_pairs = sum(counts)
+    slot_RK, gate_RK, filled = pad_pairs(count_R, torch.arange(n_pairs), torch.arange(n_pairs) + 0.5)
+    assert slot_RK.shape == gate_RK.shape
+    ids = iter(range(n_pairs))
+    expected = [[next(ids) for _ in range(count)] for count in counts]
+    assert [[s for s in row if s >= 0] for row in slot_RK.tolist()] == expected
+    assert [
+        [g for g, s in zip(gs, ss, strict=True) if s >= 0]
+        for gs, ss in zip(gate_RK.tolist(), slot_RK.tolist(), strict=True)
+    ] == [[i + 0.5 for i in row] for row in expected]
+    if filled is not None:
+        assert torch.equal(slot_RK[filled], torch.arange(n_pairs))
+
+
+def test_a_host_needs_experts_of_one_shape() -> None:
+    with pytest.raises(ValueError, match="at least one bank"):
+        ExpertHost({})
+    other = ExpertBank(
+        layer=1, indices=[0], shape=ExpertShape(d_model=D, d_ff=9), optimizer=OptimizerConfig(),
+        global_batch_tokens=1, run="test", seed=1, init_std=0.02,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="one shape"):
+        ExpertHost({0: new_bank(), 1: other})

@@ -20,6 +20,8 @@ class CallPolicy:
     """Deadline of a commit, retries included."""
     attempts: int = 3
     """Calls per shipment at most: the first one and its retries."""
+    retry_pause_s: float = 0.05
+    """Wait before the first repetition of the same call to the same peer; doubles with each further one."""
     max_tensor_bytes: int = 16 * 2**20
     """Largest tensor in one message; larger shipments are cut by rows."""
 
@@ -39,6 +41,11 @@ class Move(Enum):
     """The same call with its inputs."""
     GIVE_UP = "give_up"
     """Count the pairs as dropped."""
+
+
+def pause_s(*, attempt: int, left_s: float, policy: CallPolicy) -> float:
+    """Wait before call number `attempt` + 1: a connection that broke needs a moment, a deadline bounds it."""
+    return max(0.0, min(policy.retry_pause_s * 2 ** (attempt - 1), left_s / 2))
 
 
 def after_forward(failure: CallFailure, *, attempt: int, left_s: float, policy: CallPolicy) -> Move:

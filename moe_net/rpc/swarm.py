@@ -31,7 +31,7 @@ from moe_net.placement.select import select
 from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure, ExpertTransport
 from moe_net.rpc.plan import Shipment, add_rows, answered_pairs, ship
-from moe_net.rpc.policy import CallPolicy, Move, after_backward, after_commit, after_forward
+from moe_net.rpc.policy import CallPolicy, Move, after_backward, after_commit, after_forward, pause_s
 from moe_net.trace import EventSink, FaultEvent, ignore
 from moe_net.types import Encoding, ExpertId, PeerInfo
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitCall, ForwardAnswer, ForwardCall
@@ -115,9 +115,16 @@ class ExpertSwarm:
     # Who is there -----------------------------------------------------------------------------------------
 
     def view(self) -> View:
-        """The latest snapshot without the peers that are suspended just now."""
-        view, now_s = self._view(), self._clock_s()
-        return view.without([p for p in view.peers if not usable(self._health, p, now_s, self._health_config)])
+        """The latest snapshot without the peers that are suspended just now, or that have missed a commit.
+
+        Gradients must not reach a peer before the commits of earlier steps have: its experts would divide them by
+        those steps' tokens. So a peer that was away is asked by the next `commit` first; nothing is lost by that.
+        """
+        view = self._view()
+        return view.without([p for p in view.peers if self._owed.get(p) or not self._usable(p)])
+
+    def _usable(self, peer_id: str) -> bool:
+        return usable(self._health, peer_id, self._clock_s(), self._health_config)
 
     def live(self, layer: int, n_experts: int) -> Tensor:
         """bool [E]: the experts of a layer that have a usable replica (for masking before top-k)."""
@@ -249,6 +256,8 @@ class ExpertSwarm:
                     return None
                 if move is Move.RESEND:
                     call = replace(call, rows=one.call.rows)
+                else:
+                    await asyncio.sleep(pause_s(attempt=attempt, left_s=left_s, policy=self._policy))
                 continue
             self._note(CallSucceeded(peer_id=one.peer.peer_id))
             if answer.gate_grad_P.shape != one.ran_P.shape:
@@ -268,10 +277,11 @@ class ExpertSwarm:
         never divide a step's gradients by another step's tokens.
         """
         peers = self._view().peers
+        # A peer that is not in the view any more owes and is owed nothing.
         self._owed = {peer_id: self._owed.get(peer_id, []) for peer_id in peers}
         for owed in self._owed.values():
             owed.append(CommitCall(trainer=self.trainer, step=step, tokens=tokens))
-        await asyncio.gather(*(self._commit_one(peer) for peer in self.view().peers.values()))
+        await asyncio.gather(*(self._commit_one(peer) for peer in peers.values() if self._usable(peer.peer_id)))
 
     async def _commit_one(self, peer: PeerInfo) -> None:
         deadline_s = self._clock_s() + self._policy.commit_timeout_s
@@ -289,8 +299,11 @@ class ExpertSwarm:
                 left_s = deadline_s - self._clock_s()
                 move = after_commit(error.failure, attempt=attempt, left_s=left_s, policy=self._policy)
                 self._failed("commit_failed", peer, -1, error, 0, started_s, move.value)
+                if error.failure is CallFailure.REFUSED:
+                    owed.pop(0)  # It would be refused again for ever.
                 if move is Move.GIVE_UP:
                     return
+                await asyncio.sleep(pause_s(attempt=attempt, left_s=left_s, policy=self._policy))
                 continue
             self._note(CallSucceeded(peer_id=peer.peer_id))
             owed.pop(0)
@@ -324,8 +337,8 @@ class ExpertSwarm:
                 detail=error.detail,
             )
         )  # fmt: skip
-        before = usable(self._health, peer.peer_id, self._clock_s(), self._health_config)
+        before = self._usable(peer.peer_id)
         self._note(CallFailed(peer_id=peer.peer_id, failure=error.failure.value))
-        if before and not usable(self._health, peer.peer_id, self._clock_s(), self._health_config):
+        if before and not self._usable(peer.peer_id):
             detail = f"its {len(peer.experts)} experts are masked for a while"
             self._on_event(FaultEvent(what="peer_suspended", peer=peer.peer_id, action="masked", detail=detail))

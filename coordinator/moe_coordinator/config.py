@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from moe_net.config import RunConfig, load_toml, to_json
+from moe_net.discovery.manifest import MANIFEST_TTL_S
 from moe_net.model.config import PRESETS, ModelConfig
 from moe_net.optim import OptimizerConfig
 
@@ -32,7 +33,7 @@ class ServeOptions:
     join: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Address of a member of the run, to enter its DHT by: a coordinator's host:port or a libp2p multiaddr; repeat for
     more. Without one: a new DHT."""
-    manifest_ttl_s: float = 300.0
+    manifest_ttl_s: float = MANIFEST_TTL_S
     """Life of the manifest in the DHT; refreshed after a sixth of that."""
 
     def __post_init__(self) -> None:
@@ -94,8 +95,8 @@ class LocalOptions:
     """The coordinator listens here, the peers on the ports after it; 0: free ports."""
     ready_timeout_s: float = 120.0
     """How long a process may take to start (torch's import included)."""
-    grace_s: float = 10.0
-    """How long a process may take to stop before it is killed."""
+    grace_s: float = 30.0
+    """How long a process may take to stop before it is killed; a trainer evaluates and writes a checkpoint first."""
 
     def __post_init__(self) -> None:
         if self.peers < 1 or self.trainers < 1:

@@ -52,7 +52,7 @@ def peer_spec(options: LocalOptions, index: int, *, join: str, experts: str) -> 
     argv = [*PEER, "--join", join, "--experts", experts, "--listen", _listen(options, 1 + index), "--threads", "1"]
     if options.resume:
         argv += ["--load", str(newest_checkpoint(options.resume))]
-    return ChildSpec(name=f"peer-{index}", argv=tuple(argv), env=_threads_env(1))
+    return ChildSpec(name=f"peer-{index}", argv=tuple(argv), env=_threads_env(1), wave=1)
 
 
 def trainer_spec(options: LocalOptions, run: RunConfig, index: int, *, join: str, cores: int) -> ChildSpec:
@@ -76,6 +76,7 @@ def trainer_spec(options: LocalOptions, run: RunConfig, index: int, *, join: str
         name=f"trainer-{index}",
         argv=(*TRAINER, *argv),
         env=_threads_env(threads),
+        wave=2,
         stderr="terminal" if options.trainers == 1 else "log",
     )
 
@@ -153,8 +154,6 @@ class LocalSwarm:
                 code = await trainer.wait()
                 if code != 0:
                     raise ChildError(trainer.report(f"failed with {describe_exit(code)}"))
-            # The peers before the coordinator: they tell the DHT that they leave.
-            await supervisor.stop(self._peers)
 
     def _on_event(self, child: Child, event: Event) -> None:
         kill_at = self._options.kill_peer_at_step
@@ -185,21 +184,21 @@ class LocalSwarm:
 
 
 def print_summary(name: str, done: Event, out: Path) -> None:
-    """The trainer's last event as a table on stdout, texts (the sample) below it."""
+    """The trainer's last event as a table on stdout, and its sample of writing below."""
     console = Console(highlight=False)
     table = Table(title=name, show_header=False)
-    texts: dict[str, str] = {}
     for key, value in done.items():
-        if key == "event":
-            continue
-        if isinstance(value, str) and ("\n" in value or len(value) > 60) and not Path(value).is_absolute():
-            texts[key] = value
-        else:
+        if key not in ("event", "sample"):
             table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     for file in ("loss.png", "metrics.jsonl"):
         if (out / file).exists():
             table.add_row(file, str(out / file))
     console.print(table)
-    for key, text in texts.items():
-        console.print(f"{key.replace('_', ' ')}:", style="bold")
-        console.print(text, markup=False, soft_wrap=True)
+    if "sample" in done:
+        console.print("sample:", style="bold")
+        console.print(_printable(str(done["sample"])), markup=False, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Without control characters: a byte-level model writes those too, and a terminal would obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

@@ -14,7 +14,7 @@ import uvloop
 from moe_coordinator.config import ServeOptions
 from moe_net.config import RunConfig, load_toml, to_json
 from moe_net.discovery.base import Discovery
-from moe_net.errors import DiscoveryError
+from moe_net.discovery.manifest import keep_manifest
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +33,6 @@ async def publish_manifest(discovery: Discovery, manifest_json: str, *, ttl_s: f
     if published is not None and published != manifest_json:
         raise ValueError("the run has another manifest already: join with that one, or choose another name")
     await discovery.put_manifest(manifest_json, expires_at_s=time.time() + ttl_s)
-
-
-async def keep_manifest(discovery: Discovery, manifest_json: str, *, ttl_s: float) -> None:
-    """Refresh the manifest for ever: several chances before it expires. A refresh that fails is tried again."""
-    while True:
-        await asyncio.sleep(ttl_s / 6)
-        try:
-            await discovery.put_manifest(manifest_json, expires_at_s=time.time() + ttl_s)
-        except DiscoveryError as error:
-            log.warning("the manifest was not refreshed: %s", error)
 
 
 async def _serve(options: ServeOptions, run: RunConfig) -> None:

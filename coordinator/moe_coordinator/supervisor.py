@@ -47,6 +47,8 @@ class ChildSpec:
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     """Added to the launcher's environment."""
+    wave: int = 0
+    """Higher waves are stopped first: who uses others goes before them."""
     stderr: Literal["log", "terminal"] = "log"
     """`terminal`: the launcher's own stderr when that is a terminal (so that a live display works), else both."""
 
@@ -72,9 +74,10 @@ class Child:
     """One running process. Made by `Supervisor.start`."""
 
     def __init__(
-        self, name: str, mark: str, process: asyncio.subprocess.Process, log_path: Path, log: BinaryIO
+        self, spec: ChildSpec, mark: str, process: asyncio.subprocess.Process, log_path: Path, log: BinaryIO
     ) -> None:
-        self.name = name
+        self.name = spec.name
+        self.wave = spec.wave
         self.mark = mark
         """Stands in its environment, and so in that of all its descendants."""
         self.pid = process.pid
@@ -195,7 +198,8 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            await self.stop(self.children)
+            for wave in sorted({child.wave for child in self.children}, reverse=True):
+                await self.stop([child for child in self.children if child.wave == wave])
         finally:
             for child in self.children:
                 child.kill()  # nothing to do, unless the stop itself was cancelled
@@ -237,7 +241,7 @@ class Supervisor:
             )
             parent_ends.pop_all()  # the tasks below close them
         self._tell_guard(f"+{process.pid} {mark}")
-        child = Child(spec.name, mark, process, log_path, log)
+        child = Child(spec, mark, process, log_path, log)
         self.children.append(child)
         self._tasks.add(asyncio.create_task(self._supervise(child, log, stdout[0], stderr and stderr[0])))
         return child

@@ -130,11 +130,12 @@ class _Daemon(P2P):
         try:
             async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
                 await self.shutdown()
-                if self._reader_task is not None:
-                    await asyncio.wait([self._reader_task])
-                if self._child is not None and self._child.stdout is not None:
-                    # Until its pipe is at the end, asyncio keeps the transport of a process open.
-                    await self._child.stdout.read()
+                # hivemind cancels its reader and does not wait; and until the pipe is at its end, asyncio keeps the
+                # transport of a process open.
+                reader, child = cast("tuple[asyncio.Task[None] | None, Any]", (self._reader_task, self._child))
+                if reader is not None:
+                    await asyncio.wait([reader])
+                    await child.stdout.read()
         except TimeoutError:
             log.warning("the libp2p daemon did not stop within %.0f s and is killed", _SHUTDOWN_TIMEOUT_S)
         finally:

@@ -26,10 +26,10 @@ class Joined(NamedTuple):
 
 
 async def resolve_join(addresses: Sequence[str], *, timeout_s: float = 10.0) -> Joined:
-    """Ask every coordinator among `addresses` at once, `timeout_s` in all, and take multiaddrs (`/ip4/...`) as they are.
+    """Ask every coordinator among `addresses` at once, and take multiaddrs (`/ip4/...`) as they are.
 
-    A coordinator that does not answer is no failure while there is another way in. JoinError says of each address
-    what was tried; ValueError names an address that is neither form.
+    Takes `timeout_s` at most. A coordinator that does not answer is no failure while there is another way in.
+    JoinError says of each address what was tried; ValueError names an address that is neither form.
     """
     if not addresses:
         raise ValueError("give an address to join by: a coordinator's host:port, or the multiaddr of a DHT member")

@@ -149,11 +149,15 @@ def _to_int8(x_RD: Tensor) -> memoryview:
         return memoryview(b"")
     x_RBC = _in_blocks(x_RD)
     absmax_RB = torch.maximum(x_RBC.amax(-1), x_RBC.amin(-1).neg_())
-    scale_RB = torch.where(torch.isfinite(absmax_RB), (absmax_RB / 127).clamp_(max=INT8_MAX_SCALE), absmax_RB)
-    # 1 in place of scales of 0 (all values are 0 or tiny: q = 0) and of those not finite (the scale says it all).
-    divisor_RB = torch.where((scale_RB > 0) & torch.isfinite(scale_RB), scale_RB, 1.0)
-    q_RBC = (x_RBC / divisor_RB.unsqueeze(-1)).round_()
-    if not bool(((scale_RB == 0) | (divisor_RB == scale_RB) & (scale_RB >= FP32_TINY)).all()):
+    scale_RB = absmax_RB / 127
+    lowest, highest = torch.aminmax(scale_RB)  # NaN if any is
+    if FP32_TINY <= float(lowest) and float(highest) <= INT8_MAX_SCALE:
+        q_RBC = (x_RBC / scale_RB.unsqueeze(-1)).round_()
+    else:
+        scale_RB = torch.where(torch.isfinite(absmax_RB), scale_RB.clamp(max=INT8_MAX_SCALE), absmax_RB)
+        # 1 in place of scales of 0 (all values are 0 or tiny: q = 0) and of those not finite (the scale says it all).
+        divisor_RB = torch.where((scale_RB > 0) & torch.isfinite(scale_RB), scale_RB, 1.0)
+        q_RBC = (x_RBC / divisor_RB.unsqueeze(-1)).round_()
         # Denormal scales are so coarse that q can pass 127, and int8 conversion is not defined for infinity and NaN.
         # An infinite scale times q = 0 is NaN, times anything else infinite: the block stays not finite.
         q_RBC.nan_to_num_(nan=0.0).clamp_(-127, 127)

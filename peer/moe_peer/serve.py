@@ -15,10 +15,11 @@ import torch
 import uvloop
 
 from moe_net.client import make_banks
-from moe_net.config import RunConfig, from_json
+from moe_net.config import RunConfig, from_json, to_json
 from moe_net.discovery.announcer import Announcer
 from moe_net.discovery.dht import DhtDiscovery
 from moe_net.discovery.join import resolve_join
+from moe_net.discovery.manifest import keep_manifest
 from moe_net.discovery.record import Identity, to_ranges
 from moe_net.errors import CheckpointError, JoinError
 from moe_net.experts.bank import memory_bytes
@@ -116,7 +117,8 @@ async def _serve(config: ServeConfig) -> None:
         print(json.dumps(ready), flush=True)
         log.info("serving %d experts (%s) of run %s at %s", len(experts), describe(experts), run.name, address)
         try:
-            await asyncio.Event().wait()
+            # The coordinator may be gone tomorrow: newcomers find the manifest as long as one peer is there.
+            await keep_manifest(discovery, to_json(run))
         finally:
             log.info("leaving: withdraw, finish what runs (%.0f s at most), stop", config.grace_s)
 
@@ -147,9 +149,11 @@ def _read_manifest(manifest_json: str, config: ServeConfig) -> RunConfig:
 async def _manifest_from_dht(discovery: DhtDiscovery, config: ServeConfig) -> str:
     try:
         async with asyncio.timeout(config.join_timeout_s):
-            while (manifest_json := await discovery.get_manifest()) is None:
+            while True:
+                manifest_json = await discovery.get_manifest()
+                if manifest_json is not None:
+                    return manifest_json
                 await asyncio.sleep(MANIFEST_POLL_S)
-            return manifest_json
     except TimeoutError:
         which = "any run" if discovery.run is None else f"run {discovery.run!r}"
         raise JoinError(
@@ -171,7 +175,8 @@ async def _choose_experts(
             raise ValueError(f"half of the free memory does not hold one expert ({one_bytes / MIB:.0f} MiB)")
     view = View(await discovery.peers())
     chosen = assign(run.model.expert_ids, view, capacity, identity.peer_id)
-    log.info("hosting %d of %d experts, %.0f MiB", len(chosen), len(run.model.expert_ids), len(chosen) * one_bytes / MIB)
+    total_mib = len(chosen) * one_bytes / MIB
+    log.info("hosting %d of %d experts, %.0f MiB", len(chosen), len(run.model.expert_ids), total_mib)
     return chosen
 
 
@@ -183,9 +188,7 @@ def _free_memory_bytes() -> int:
 
 
 def _make_host(config: ServeConfig, run: RunConfig, experts: tuple[ExpertId, ...]) -> ExpertHost:
-    host = ExpertHost(
-        make_banks(run, experts), cache_bytes=config.cache_mib * MIB, reply_bytes=config.reply_mib * MIB
-    )
+    host = ExpertHost(make_banks(run, experts), cache_bytes=config.cache_mib * MIB, reply_bytes=config.reply_mib * MIB)
     if config.load is not None:
         load_experts(host, run, config.load)
     return host

@@ -206,7 +206,7 @@ def changed(call: ForwardCall, change: Callable[[expert_pb2.ForwardRequest], obj
 
 REFUSED: dict[str, tuple[Callable[[expert_pb2.ForwardRequest], object], grpc.StatusCode, str]] = {
     "layer": (lambda r: setattr(r, "layer", 7), grpc.StatusCode.NOT_FOUND, "layer 7"),
-    "only experts of others": (
+    "an expert twice": (
         lambda r: (r.ClearField("expert_index"), r.expert_index.extend([3] * len(r.gate))),
         grpc.StatusCode.INVALID_ARGUMENT,
         "twice",
@@ -282,7 +282,7 @@ async def begun(host: Gated) -> None:
     assert await asyncio.to_thread(host.begun.acquire, timeout=60)
 
 
-async def info_until(client: Client, queue_rows: int, server: ExpertServer) -> None:
+async def waiting_rows(server: ExpertServer, queue_rows: int) -> None:
     """The given number of rows wait. (Info itself needs the device, which stands still.)"""
     async with asyncio.timeout(30):
         while server._batcher.queue_rows != queue_rows:  # noqa: ASYNC110
@@ -295,7 +295,7 @@ async def test_a_full_queue_is_resource_exhausted_and_says_how_much_waits() -> N
         running = client.stub.Forward(stock_forward(forward_call()), timeout=30)
         await begun(host)
         waiting = client.stub.Forward(stock_forward(forward_call()), timeout=30)
-        await info_until(client, 5, server)
+        await waiting_rows(server, 5)
         code, details = await refused(client.stub.Forward(stock_forward(forward_call()), timeout=30))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "5 rows" in details
@@ -309,7 +309,7 @@ async def test_a_call_whose_client_left_is_not_computed() -> None:
         running = client.stub.Forward(stock_forward(forward_call()), timeout=30)
         await begun(host)
         left = client.stub.Forward(stock_forward(forward_call()), timeout=30)
-        await info_until(client, 5, server)
+        await waiting_rows(server, 5)
         left.cancel()
         async with asyncio.timeout(30):
             while next(iter(server._batcher._queues.values())).jobs[0].n_waiting:  # noqa: ASYNC110
@@ -396,7 +396,7 @@ async def test_a_large_state_comes_in_chunks_of_one_mebibyte() -> None:
 async def test_large_and_small_calls_go_through_at_once() -> None:
     """Over INLINE_BYTES a message is read on another thread; answers must not get mixed up."""
     host = new_host()
-    calls = [forward_call(n_rows=n, seed=n) for n in (20_000, 3, 12_000, 7, 1)]
+    calls = [forward_call(n_rows=n, seed=n) for n in (40_000, 3, 30_000, 7, 1)]
     async with serving(host) as (_, client):
         answers = await asyncio.gather(*(client.transport.forward(client.peer, call, timeout_s=30) for call in calls))
     for call, answer in zip(calls, answers, strict=True):

@@ -19,7 +19,7 @@ import pytest
 from moe_coordinator.supervisor import MAX_LINE_BYTES, Child, ChildError, ChildSpec, Event, Supervisor
 
 READY = "import json, os, signal, sys, time\nprint(json.dumps({'event': 'ready', 'pid': os.getpid()}), flush=True)\n"
-# What p2pd is to a peer: a child of the child, in a session of its own, out of reach of any signal to the child's group.
+# What p2pd is to a peer: a child of the child, in a session of its own, out of reach of signals to the child's group.
 GRANDCHILD = (
     "import subprocess\n"
     "command = [sys.executable, '-S', '-c', 'import signal; signal.pause()']\n"
@@ -30,8 +30,8 @@ WAIT = "signal.pause()\n"
 DEADLINE_S = 20.0
 
 
-def script(text: str, *, name: str = "child", stderr: str = "log") -> ChildSpec:
-    return ChildSpec(name=name, argv=(sys.executable, "-S", "-c", text), stderr=stderr)  # type: ignore[arg-type]
+def script(text: str, *, name: str = "child", stderr: str = "log", wave: int = 0) -> ChildSpec:
+    return ChildSpec(name=name, argv=(sys.executable, "-S", "-c", text), stderr=stderr, wave=wave)  # type: ignore[arg-type]
 
 
 class Seen:
@@ -128,6 +128,13 @@ async def test_leaving_stops_children_with_sigterm_and_they_may_exit_cleanly(tmp
         for name in ("a", "b"):
             await (await supervisor.start(script(clean, name=name))).ready(DEADLINE_S)
     assert seen.exits == {"a": 0, "b": 0}
+
+
+async def test_who_uses_others_is_stopped_before_them(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as (supervisor, seen):
+        for wave, name in ((0, "coordinator"), (2, "trainer"), (1, "peer")):
+            await (await supervisor.start(script(READY + WAIT, name=name, wave=wave))).ready(DEADLINE_S)
+    assert list(seen.exits) == ["trainer", "peer", "coordinator"]
 
 
 async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""The whole thing as its users run it: real processes that find each other, fail, and go on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from moe_coordinator.config import to_toml
+from moe_coordinator.supervisor import Child, ChildSpec, Supervisor
+from moe_net.config import RunConfig
+from moe_net.model.config import ModelConfig
+from moe_net.optim import OptimizerConfig
+from moe_peer.metrics import EvalMetrics, Event, StepMetrics, read_metrics
+
+READY_S = 60.0
+SEQUENCES, SEQ_LEN = 4, 32
+RUN = RunConfig(
+    name="processes",
+    model=ModelConfig(
+        seq_len=SEQ_LEN, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, n_experts=4, d_ff_expert=32
+    ),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5, total_steps=40),
+    global_batch_tokens=SEQUENCES * SEQ_LEN,
+    wire="fp32",
+    # Short, so that a peer that was killed leaves the directory within the test.
+    record_ttl_s=6.0,
+)  # fmt: skip
+
+
+def module(name: str, *arguments: object) -> tuple[str, ...]:
+    return (sys.executable, "-m", name, *map(str, arguments))
+
+
+def trainer_spec(join: str, out: Path, steps: int, *more: object, name: str = "trainer") -> ChildSpec:
+    argv = module(
+        "moe_peer.cli", "train", "--join", join, "--out", out, "--steps", steps, "--sequences", SEQUENCES,
+        "--eval-every", 10, "--eval-batches", 1, "--checkpoint-every", 10, "--sample-tokens", 8, "--threads", 1,
+        "--max-data-mib", 1, *more,
+    )  # fmt: skip
+    return ChildSpec(name=name, argv=argv)
+
+
+def peer_spec(name: str, join: str, *more: object) -> ChildSpec:
+    return ChildSpec(name=name, argv=module("moe_peer.cli", "serve", "--join", join, "--threads", 1, *more))
+
+
+async def start_coordinator(supervisor: Supervisor, folder: Path) -> tuple[Child, str]:
+    (folder / "run.toml").write_text(to_toml(RUN))
+    coordinator = await supervisor.start(
+        ChildSpec(name="coordinator", argv=module("moe_coordinator.cli", "serve", "--config", folder / "run.toml"))
+    )
+    return coordinator, str((await coordinator.ready(READY_S))["address"])
+
+
+def losses(out: Path) -> list[float]:
+    return [r.loss for r in read_metrics(out / "metrics.jsonl") if isinstance(r, StepMetrics)]
+
+
+async def test_training_goes_on_without_the_coordinator_and_without_a_peer_that_has_a_replica(tmp_path: Path) -> None:
+    """Invariant 6: first the coordinator is killed, then one of two replicas of everything, in the middle of a step."""
+    killed: list[str] = []
+    children: dict[str, Child] = {}
+
+    def on_event(child: Child, event: dict[str, object]) -> None:
+        if child.name == "trainer" and event["event"] == "step" and event["step"] in (3, 8):
+            victim = "coordinator" if event["step"] == 3 else "peer-b"
+            children[victim].kill()
+            killed.append(victim)
+
+    out = tmp_path / "out"
+    async with Supervisor(tmp_path / "logs", on_event=on_event) as supervisor:
+        children["coordinator"], join = await start_coordinator(supervisor, tmp_path)
+        for name in ("peer-a", "peer-b"):
+            children[name] = await supervisor.start(peer_spec(name, join, "--experts", "*.*"))
+        ready = await children["peer-a"].ready(READY_S)
+        await children["peer-b"].ready(READY_S)
+        trainer = await supervisor.start(trainer_spec(join, out, 20))
+        assert await trainer.wait() == 0, trainer.report("failed")
+        assert killed == ["coordinator", "peer-b"]
+        records = read_metrics(out / "metrics.jsonl")
+        steps = [r for r in records if isinstance(r, StepMetrics)]
+        assert [s.step for s in steps] == list(range(20))
+        # Whatever peer-b did not answer, peer-a did: at most gradients of what was in flight are lost.
+        assert sum(s.dropped_pairs for s in steps) == 0
+        assert all(s.live_experts == s.total_experts == 8 for s in steps)
+        # Any peer's address is a way in: a newcomer finds manifest and experts with no coordinator there.
+        late = await supervisor.start(trainer_spec(str(ready["dht"][0]), tmp_path / "late", 2, name="late"))
+        assert await late.wait() == 0, late.report("failed")
+        # A clean stop is exit code 0.
+        assert await children["peer-a"].stop(READY_S) == 0
+    assert steps[-1].loss < steps[0].loss
+
+
+async def test_a_peer_with_the_only_replica_dies_and_its_experts_are_masked(tmp_path: Path) -> None:
+    children: dict[str, Child] = {}
+
+    def on_event(child: Child, event: dict[str, object]) -> None:
+        if child.name == "trainer" and event["event"] == "step" and event["step"] == 4:
+            children["peer-b"].kill()
+
+    out = tmp_path / "out"
+    async with Supervisor(tmp_path / "logs", on_event=on_event) as supervisor:
+        _, join = await start_coordinator(supervisor, tmp_path)
+        for name, experts in (("peer-a", "*.0-1"), ("peer-b", "*.2-3")):
+            children[name] = await supervisor.start(peer_spec(name, join, "--experts", experts))
+        for child in children.values():
+            await child.ready(READY_S)
+        trainer = await supervisor.start(trainer_spec(join, out, 20))
+        assert await trainer.wait() == 0, trainer.report("failed")
+    records = read_metrics(out / "metrics.jsonl")
+    steps = [r for r in records if isinstance(r, StepMetrics)]
+    assert [s.step for s in steps] == list(range(20))
+    assert steps[0].live_experts == 8
+    assert steps[-1].live_experts == 4
+    assert steps[-1].dropped_pairs == 0, "tokens choose among the living once the dead are masked"
+    faults = {r.what for r in records if isinstance(r, Event)}
+    assert "peer_suspended" in faults
+    evaluations = [r.val_nats_per_byte for r in records if isinstance(r, EvalMetrics)]
+    assert evaluations[-1] < evaluations[0]
+    assert (out / "loss.png").stat().st_size > 10_000
+    done = json.loads((tmp_path / "logs" / "trainer.log").read_text().strip().splitlines()[-1])
+    assert done["event"] == "done"
+    assert done["val_nats_per_byte"] == evaluations[-1]
+    assert done["sample"].startswith("def ")
+
+
+async def test_a_run_is_stopped_and_resumed_by_new_processes_with_the_same_losses(tmp_path: Path) -> None:
+    """Invariant 9 across processes: SIGTERM in the middle, then everything anew from the checkpoint."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for name in "123":
+        (tmp_path / name).mkdir()
+
+    async def run(folder: Path, out: Path, steps: int, *, load: tuple[object, ...] = (), more: tuple[object, ...] = ()):
+        async with Supervisor(folder / "logs") as supervisor:
+            _, join = await start_coordinator(supervisor, folder)
+            peers = [
+                await supervisor.start(peer_spec(f"peer-{i}", join, "--experts", spec, *load))
+                for i, spec in enumerate(("*.0,*.2", "*.1,*.3"))
+            ]
+            for peer in peers:
+                await peer.ready(READY_S)
+            trainer = await supervisor.start(trainer_spec(join, out, steps, *more))
+            assert await trainer.wait() == 0, trainer.report("failed")
+
+    await run(tmp_path / "1", whole, 12)
+    await run(tmp_path / "2", parts, 7)
+    await run(tmp_path / "3", parts, 12, load=("--load", parts), more=("--resume", parts))
+    assert len(losses(whole)) == 12
+    assert losses(parts) == losses(whole)

@@ -151,7 +151,7 @@ def _to_int8(x_RD: Tensor) -> memoryview:
     absmax_RB = torch.maximum(x_RBC.amax(-1), x_RBC.amin(-1).neg_())
     scale_RB = absmax_RB / 127
     lowest, highest = torch.aminmax(scale_RB)  # NaN if any is
-    if FP32_TINY <= float(lowest) and float(highest) <= INT8_MAX_SCALE:
+    if float(lowest) >= FP32_TINY and float(highest) <= INT8_MAX_SCALE:
         q_RBC = (x_RBC / scale_RB.unsqueeze(-1)).round_()
     else:
         scale_RB = torch.where(torch.isfinite(absmax_RB), scale_RB.clamp(max=INT8_MAX_SCALE), absmax_RB)

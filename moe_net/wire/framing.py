@@ -85,7 +85,7 @@ def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
     raise _BadVarint("a varint of more than 32 bits")
 
 
-def _fields(data: memoryview, limits: Limits, kind: type[Message]) -> Iterator[tuple[int, int, int, int, int]]:
+def walk(data: memoryview, limits: Limits, kind: type[Message]) -> Iterator[tuple[int, int, int, int, int]]:
     """(field number, wire type, start of the tag, start of the value, end) of each top-level field.
 
     For values with a length, the value starts behind it. Groups, which end elsewhere, are not looked into: their tags
@@ -153,7 +153,7 @@ def take_apart(
     chunks: dict[int, list[memoryview]] = {number: [] for number in (*arrays, *tensors)}
     spans: list[tuple[int, int, int]] = []
     header_bytes = 0
-    for n_walked, (number, wire_type, start, value, end) in enumerate(_fields(view, limits, kind)):
+    for n_walked, (number, wire_type, start, value, end) in enumerate(walk(view, limits, kind)):
         if wire_type in (START_GROUP, END_GROUP) or n_walked == MAX_WALKED_FIELDS:
             return _take_apart_stock(kind, view, limits, arrays, tensors)
         if number in tensors and wire_type == LENGTH_DELIMITED:

@@ -56,12 +56,17 @@ class Batcher:
         *,
         forward_many: Callable[[Sequence[ForwardCall]], Sequence[ForwardAnswer | MoeNetError]],
         backward_many: Callable[[Sequence[BackwardCall]], Sequence[BackwardAnswer | MoeNetError]],
-        max_batch_rows: int = 8192,
+        max_batch_rows: int = 2048,
         max_queue_rows: int = 65_536,
         max_queue_bytes: int = 256 * 2**20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_queue_*` bound what waits, not what runs; one call always fits an empty queue."""
+        """`max_queue_*` bound what waits, not what runs; one call always fits an empty queue.
+
+        `max_batch_rows`: merging saves passes over the weights and costs the pre-activations (see `ExpertHost`).
+        Forward and backward of 4 calls, one by one / merged, in ms on one core: D 128, F 128, 8 experts: 4 x 16 rows
+        6.7 / 3.3, 4 x 256 19 / 14, 4 x 1024 48 / 48; D 512, F 1024: 4 x 16 107 / 51, 4 x 256 273 / 287.
+        """
         self._device = device
         self._handlers: dict[Kind, Handler] = {
             Kind.FORWARD: cast(Handler, forward_many),

@@ -43,7 +43,7 @@ class ServeConfig:
     """Memory for the inputs of calls whose backward has not come yet."""
     reply_mib: int = 64
     """Memory for answers that a retry may ask for."""
-    max_batch_rows: int = 8192
+    max_batch_rows: int = 2048
     """Rows that run together."""
     max_queue_rows: int = 65_536
     """Rows that may wait; further calls are refused with RESOURCE_EXHAUSTED."""

@@ -100,7 +100,7 @@ class ExpertServer:
         run: RunConfig,
         peer_id: str,
         limits: Limits | None = None,
-        max_batch_rows: int = 8192,
+        max_batch_rows: int = 2048,
         max_queue_rows: int = 65_536,
         max_queue_bytes: int = 256 * 2**20,
         max_concurrent_calls: int = 512,

@@ -21,8 +21,10 @@ from moe_net.types import Encoding
 from moe_net.wire.compress import BLOCK, FP16_MAX, decode, encode, payload_bytes, tensor_view
 
 FLT_MAX = torch.finfo(torch.float32).max
-SPECIAL = [0.0, -0.0, 2.0**-149, -(2.0**-149), 63 * 2.0**-149, 189 * 2.0**-149, 2.0**-126, -(2.0**-130), 1.0, -1.0]
-SPECIAL += [65504.0, -65504.0, 65519.0, 65520.0, 1e30, FLT_MAX, -FLT_MAX, 3.3895e38, 3.3961775e38, 2.0**-25, 1e-7]
+SPECIAL = [
+    0.0, -0.0, 2.0**-149, -(2.0**-149), 63 * 2.0**-149, 189 * 2.0**-149, 2.0**-126, -(2.0**-130), 1.0, -1.0,
+    65504.0, -65504.0, 65519.0, 65520.0, 1e30, FLT_MAX, -FLT_MAX, 3.3895e38, 3.3961775e38, 2.0**-25, 1e-7,
+]  # fmt: skip
 COLUMNS = [1, 7, 63, 64, 65, 100, 128, 200]
 HARMLESS = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 

@@ -20,6 +20,7 @@ from moe_net.types import Encoding
 from moe_net.wire.compress import payload_bytes
 from moe_net.wire.messages import RoutedRows
 from moe_net.wire.validate import (
+    Int32Array,
     Limits,
     check_call_id,
     check_encoding,
@@ -35,7 +36,7 @@ LIMITS = Limits()
 SMALL = Limits(max_message_bytes=4096, max_matrix_bytes=8192, max_rows=16, max_experts_per_row=4)
 
 
-def int32(*values: int) -> np.ndarray:
+def int32(*values: int) -> Int32Array:
     return np.array(values, np.int64).astype(np.uint32).view(np.int32)
 
 
@@ -46,7 +47,7 @@ def test_one_bad_value_is_found_wherever_it_stands(bad: float) -> None:
     for position in range(300):
         x_N = clean_N.clone()
         x_N[position] = bad
-        with pytest.raises(WireError, match="^grad: holds an infinity or NaN"):
+        with pytest.raises(WireError, match=r"^grad: holds an infinity or NaN"):
             check_finite(x_N, "grad")
 
 
@@ -105,16 +106,18 @@ def test_data_of_another_length_than_the_sizes_say_is_refused(encoding: Encoding
 
 def test_a_claim_of_a_gibibyte_costs_nothing() -> None:
     tracemalloc.start()
-    with pytest.raises(LimitError):
-        check_matrix("x", 2**14, 2**14, Encoding.FP32, 2**30, LIMITS)
-    with pytest.raises(LimitError):
-        check_message_bytes(2**30, LIMITS)
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    try:
+        with pytest.raises(LimitError):
+            check_matrix("x", 2**14, 2**14, Encoding.FP32, 2**30, LIMITS)
+        with pytest.raises(LimitError):
+            check_message_bytes(2**30, LIMITS)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     assert peak_bytes < 64 * 1024
 
 
-ROUTING_MISTAKES = {
+ROUTING_MISTAKES: dict[str, tuple[tuple[int, Int32Array, Int32Array, int], type[WireError], str]] = {
     "count missing": ((3, int32(1, 1), int32(0, 1), 2), WireError, "experts_per_row: 2 counts for 3 rows"),
     "no counts": ((1, int32(), int32(), 0), WireError, "experts_per_row: 0 counts for 1 rows"),
     "gate missing": ((2, int32(1, 1), int32(0, 1), 1), WireError, "gate: 1 gates for 2 entries"),

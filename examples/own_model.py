@@ -34,7 +34,7 @@ class Regressor(nn.Module):
 
     def __init__(self, run: RunConfig, link: SwarmLink) -> None:
         super().__init__()
-        self.before = nn.Linear(8, run.model.d_model)
+        self.before = nn.Linear(4, run.model.d_model)
         self.moe = RemoteMoE(run.model, layer=0, link=link)
         self.after = nn.Linear(run.model.d_model, 1)
 
@@ -52,8 +52,8 @@ def train(run: RunConfig, link: SwarmLink) -> tuple[float, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses: list[float] = []
     for step in range(STEPS):
-        x = torch.randn(ROWS, 8)
-        target = torch.sin(3 * x).sum(1, keepdim=True)
+        x = torch.randn(ROWS, 4)
+        target = x[:, :1] * x[:, 1:2] + x[:, 2:3].abs()
         model.moe.step = step
         prediction, router_loss = model(x)
         loss = (prediction - target).square().mean()

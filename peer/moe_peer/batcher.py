@@ -36,9 +36,18 @@ class _Job:
     arrived_s: float
     deadline_s: float
     flight_key: tuple[object, ...]
-    future: asyncio.Future[Answer]
-    n_waiting: int = 0
-    """Requests that wait for the future; 0: everybody has gone, do not compute."""
+    waiters: list[asyncio.Future[Answer]] = field(default_factory=list["asyncio.Future[Answer]"])
+    """One for each request that waits, so that one who goes away takes nothing from the others; none left: do not
+    compute."""
+
+    def settle(self, result: Answer | BaseException) -> None:
+        for waiter in self.waiters:
+            if waiter.done():
+                continue
+            if isinstance(result, BaseException):
+                waiter.set_exception(result)
+            else:
+                waiter.set_result(result)
 
 
 @dataclass(slots=True)
@@ -48,7 +57,11 @@ class _Queue:
 
 
 class Batcher:
-    """Owns the queues and the one task that feeds the device. Use as an async context manager."""
+    """Owns the queues and feeds the device. Use as an async context manager.
+
+    Callbacks of the loop, no task of its own: a call to an idle device crosses to its thread and back, and waits for
+    nothing else (4 KiB and no work, from bytes to bytes: 0.41 -> 0.29 ms).
+    """
 
     def __init__(
         self,
@@ -78,29 +91,22 @@ class Batcher:
         self._clock = clock
         self._queues: OrderedDict[tuple[int, Kind], _Queue] = OrderedDict()
         self._flights: dict[tuple[object, ...], _Job] = {}
-        self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._running: asyncio.Future[Sequence[Any]] | None = None
+        self._stopped = False
         self.queue_rows = 0
         """Rows waiting now."""
         self.queue_bytes = 0
         """Bytes of their tensors."""
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._feed(), name="batcher")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        self._stopped = True
         for job in list(self._flights.values()):
-            if not job.future.done():
-                job.future.set_exception(BusyError("this peer is stopping"))
-                job.future.exception()  # nobody may be left to look at it
+            job.settle(BusyError("this peer is stopping"))
         self._flights.clear()
         self._queues.clear()
-        if not self._task.cancelled() and (error := self._task.exception()) is not None:
-            raise error
 
     async def forward(self, call: ForwardCall, *, timeout_s: float | None = None) -> ForwardAnswer:
         """The host's answer. Raises what the host answered instead, BusyError (queue full), TimeoutError (waited too
@@ -136,8 +142,10 @@ class Batcher:
         deadline_s = float("inf") if timeout_s is None else now_s + timeout_s
         # Not the id alone: a message that contradicts another, or brings the inputs the other lacked, is its own call.
         flight_key = (kind, call.call_id, call.trainer, call.step, call.layer, n_rows, has_inputs)
+        if self._stopped:
+            raise BusyError("this peer is stopping")
         job = self._flights.get(flight_key)
-        if job is None or job.n_waiting == 0:
+        if job is None or not job.waiters:
             self.check_room(n_bytes, n_rows)
             job = _Job(
                 call=call,
@@ -146,20 +154,19 @@ class Batcher:
                 arrived_s=now_s,
                 deadline_s=deadline_s,
                 flight_key=flight_key,
-                future=asyncio.get_running_loop().create_future(),
             )
             self._flights[flight_key] = job
             self._queues.setdefault((call.layer, kind), _Queue(kind)).jobs.append(job)
             self.queue_rows += n_rows
             self.queue_bytes += n_bytes
-            self._wake.set()
         job.deadline_s = max(job.deadline_s, deadline_s)
-        job.n_waiting += 1
+        waiter: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        job.waiters.append(waiter)
+        self._pump()
         try:
-            # One who goes away must not take the result from the others.
-            answer = await asyncio.shield(job.future)
+            answer = await waiter
         finally:
-            job.n_waiting -= 1
+            job.waiters.remove(waiter)
         # Each request said how it wants its own answer encoded.
         if answer.encoding is not call.reply_encoding:
             answer = replace(answer, encoding=call.reply_encoding)
@@ -177,7 +184,7 @@ class Batcher:
                 job = queue.jobs.popleft()
                 self.queue_rows -= job.n_rows
                 self.queue_bytes -= job.n_bytes
-                if job.n_waiting == 0 or job.deadline_s <= now_s:
+                if not job.waiters or job.deadline_s <= now_s:
                     self._drop(job, now_s)
                 else:
                     batch.append(job)
@@ -194,36 +201,36 @@ class Batcher:
 
     def _drop(self, job: _Job, now_s: float) -> None:
         self._land(job)
-        job.future.set_exception(
-            TimeoutError(f"the deadline passed after {now_s - job.arrived_s:.3f} s in the queue; nothing was computed")
-        )
-        job.future.exception()  # all who waited may be gone: not an error that nobody retrieved
+        waited_s = now_s - job.arrived_s
+        job.settle(TimeoutError(f"the deadline passed after {waited_s:.3f} s in the queue; nothing was computed"))
 
-    async def _feed(self) -> None:
-        while True:
-            kind, batch = self._next_batch()
-            if not batch:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
+    def _pump(self) -> None:
+        """Give the device the next batch, if it is idle and something waits."""
+        if self._running is not None or self._stopped:
+            return
+        kind, batch = self._next_batch()
+        if batch:
             started_s = self._clock()
-            work = self._device.submit(self._handlers[kind], [job.call for job in batch])
-            await asyncio.wait([work])
-            compute_us = _microseconds(self._clock() - started_s)
-            # An exception is a bug of ours; it goes to those who asked and the queue goes on.
-            error = None if work.cancelled() else work.exception()
-            for position, job in enumerate(batch):
-                self._land(job)
-                if work.cancelled():
-                    result: object = BusyError("this peer is stopping")
-                else:
-                    result = error if error is not None else work.result()[position]
-                if isinstance(result, BaseException):
-                    job.future.set_exception(result)
-                    job.future.exception()
-                else:
-                    queue_us = _microseconds(started_s - job.arrived_s)
-                    job.future.set_result(replace(cast(Answer, result), queue_us=queue_us, compute_us=compute_us))
+            self._running = self._device.submit(self._handlers[kind], [job.call for job in batch])
+            self._running.add_done_callback(lambda work: self._finished(work, batch, started_s))
+
+    def _finished(self, work: asyncio.Future[Sequence[Any]], batch: list[_Job], started_s: float) -> None:
+        self._running = None
+        compute_us = _microseconds(self._clock() - started_s)
+        if work.cancelled():
+            results: Sequence[Any] = [BusyError("this peer is stopping")] * len(batch)
+        elif (error := work.exception()) is not None:
+            # A bug of ours; it goes to those who asked and the queue goes on.
+            results = [error] * len(batch)
+        else:
+            results = work.result()
+        for job, result in zip(batch, results, strict=True):
+            self._land(job)
+            if not isinstance(result, BaseException):
+                queue_us = _microseconds(started_s - job.arrived_s)
+                result = replace(cast(Answer, result), queue_us=queue_us, compute_us=compute_us)
+            job.settle(result)
+        self._pump()
 
 
 def _microseconds(seconds: float) -> int:

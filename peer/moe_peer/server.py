@@ -55,7 +55,7 @@ CHUNK_BYTES = 2**20
 """Of Fetch: 1 MiB chunks on a stream measured fastest (design, D3b)."""
 MAX_FETCHES = 2
 """At once: each holds its layer's state twice, as tensors and as a file."""
-INLINE_BYTES = 2**20
+INLINE_BYTES = 2 * 2**20
 """What is up to this size is read and written on the loop; a thread's hop costs 0.1 to 0.2 ms. Measured on one core, to
 read / to write: fp32 4 KiB 0.06 / 0.01 ms, 1 MiB 0.10 / 0.04, 16 MiB 1.1 / 1.2; int8 0.3 MiB 0.18 / 0.19, 4.5 MiB 3.4
 / 5.4."""

@@ -312,7 +312,7 @@ async def test_a_call_whose_client_left_is_not_computed() -> None:
         await waiting_rows(server, 5)
         left.cancel()
         async with asyncio.timeout(30):
-            while next(iter(server._batcher._queues.values())).jobs[0].n_waiting:  # noqa: ASYNC110
+            while next(iter(server._batcher._queues.values())).jobs[0].waiters:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         host.gate.set()
         await running

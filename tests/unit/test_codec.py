@@ -374,6 +374,7 @@ MISTAKES: dict[str, tuple[type[Any], bytes, type[WireError], str]] = {
     "length claim": (ForwardCall, b"\x7a" + varint(2**30), LimitError, "x_data: claims 1073741824 bytes"),
     "length overflow": (ForwardCall, b"\x7a" + b"\xff" * 9 + b"\x01", WireError, "its length: a varint of more than"),
     "tag overflow": (ForwardCall, b"\xff" * 10 + b"\x01", WireError, "tag at byte 0: a varint of more than 32 bits"),
+    "tag of 33 bits": (ForwardCall, b"\xfa\x80\x80\x80\x10\x00", WireError, "tag at byte 0: a varint of more than 32"),
     "step overflow": (CommitCall, b"\x0a\x01t\x10" + b"\xff" * 10 + b"\x01", WireError, "step"),
     "step cut off": (CommitCall, b"\x0a\x01t\x10\xff", WireError, "step: the message ends 1 bytes before it does"),
     "matrix cut off": (ForwardCall, encode(INPUTS) + block(7, b"\x08"), WireError, "^x: "),

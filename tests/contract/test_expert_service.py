@@ -396,7 +396,7 @@ async def test_a_large_state_comes_in_chunks_of_one_mebibyte() -> None:
 async def test_large_and_small_calls_go_through_at_once() -> None:
     """Over INLINE_BYTES a message is read on another thread; answers must not get mixed up."""
     host = new_host()
-    calls = [forward_call(n_rows=n, seed=n) for n in (40_000, 3, 30_000, 7, 1)]
+    calls = [forward_call(n_rows=n, seed=n) for n in (50_000, 3, 10_000, 7, 1)]
     async with serving(host) as (_, client):
         answers = await asyncio.gather(*(client.transport.forward(client.peer, call, timeout_s=30) for call in calls))
     for call, answer in zip(calls, answers, strict=True):

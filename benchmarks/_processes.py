@@ -18,6 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from moe_net.rpc.poller import OLDER as OLDER_POLLER
+from moe_net.rpc.poller import VARIABLE as POLLER_VARIABLE
+
 HERE = Path(__file__).resolve().parent
 PR_SET_PDEATHSIG = 1
 
@@ -49,6 +52,8 @@ class Child:
             "MKL_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": self._folder.name,
+            # As our own processes have it, for everybody's gRPC.
+            POLLER_VARIABLE: OLDER_POLLER,
             # Forked helpers of hivemind write lines at INFO for every expert; warnings are enough.
             "HIVEMIND_LOGLEVEL": os.environ.get("HIVEMIND_LOGLEVEL", "WARNING"),
         }

@@ -13,8 +13,10 @@ from _wire_common import ROUND_TRIP_TIMEOUT_S, RoundTrip, run_side
 from torch import Tensor
 
 from moe_net.proto.v1.expert_pb2 import ForwardReply, ForwardRequest
+from moe_net.rpc.grpc_client import channel_options
+from moe_net.wire.validate import Limits
 
-OPTIONS = [("grpc.max_receive_message_length", 64 * 2**20), ("grpc.max_send_message_length", 64 * 2**20)]
+OPTIONS = channel_options(Limits())
 
 
 async def raw(request: bytes, context: Any) -> bytes:

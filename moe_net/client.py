@@ -10,6 +10,7 @@ from moe_net.config import RunConfig, from_json
 from moe_net.discovery.dht import DhtDiscovery
 from moe_net.discovery.directory import DirectoryWatcher
 from moe_net.discovery.join import resolve_join
+from moe_net.discovery.manifest import find_manifest
 from moe_net.errors import JoinError
 from moe_net.experts.bank import ExpertBank
 from moe_net.experts.host import ExpertHost
@@ -109,7 +110,7 @@ async def _join(
         run=name if known is None else known.name, join=joined.dht_addresses, client_mode=True
     )
     stack.push_async_callback(discovery.close)
-    run = known or await _manifest_from_dht(discovery, name)
+    run = known or await _manifest_from_dht(discovery, name, wait_s)
     if name is not None and run.name != name:
         raise JoinError(f"{', '.join(addresses)} belongs to run {run.name!r}, not {name!r}")
     directory = await stack.enter_async_context(DirectoryWatcher(discovery, interval_s=run.record_ttl_s / 6))
@@ -136,8 +137,8 @@ async def _join(
     return Membership(run=run, link=SwarmLink(swarm=swarm, runner=portal), directory=directory, transport=transport)
 
 
-async def _manifest_from_dht(discovery: DhtDiscovery, name: str | None) -> RunConfig:
-    manifest = await discovery.get_manifest()
-    if manifest is None:
-        raise JoinError(f"nobody has the manifest of {'any run' if name is None else f'run {name!r}'}")
-    return from_json(RunConfig, manifest)
+async def _manifest_from_dht(discovery: DhtDiscovery, name: str | None, timeout_s: float) -> RunConfig:
+    manifest_json = await find_manifest(discovery, timeout_s=timeout_s)
+    if manifest_json is None:
+        raise JoinError(f"for {timeout_s:.0f} s nobody had the manifest of {f'run {name!r}' if name else 'any run'}")
+    return from_json(RunConfig, manifest_json)

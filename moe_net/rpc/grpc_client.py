@@ -48,6 +48,12 @@ def channel_options(limits: Limits) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
+        # Windows as large as a message, so that none waits for credit half-way, and frames to match (1 MiB: 1.27 ->
+        # 0.95 ms with the older poller, 0.82 with these).
+        ("grpc.http2.lookahead_bytes", limits.max_message_bytes),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.write_buffer_size", 4 * 2**20),
+        ("grpc.http2.max_frame_size", 2**20),
         # A volunteer's machine comes back within seconds more often than not.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),

@@ -37,12 +37,13 @@ def ship(
     *,
     encoding: Encoding,
     max_tensor_bytes: int,
+    max_rows: int,
 ) -> list[Shipment]:
     """Cut the pending pairs into calls: each token's row goes once to each server that hosts any of its experts.
 
     `server_of` maps an expert index to the peer that shall run it; pairs of other experts are left out.
-    A call's tensor stays within `max_tensor_bytes` (larger ones are cut by rows: a big message blocks a
-    connection, and gRPC refuses one over its limit).
+    A call stays within `max_tensor_bytes` and `max_rows` (larger ones are cut by rows: a big message blocks a
+    connection, and servers refuse one over their limits).
     """
     n_tokens, k = expert_ids_TK.shape
     names = sorted(set(server_of.values()))
@@ -52,7 +53,7 @@ def ship(
             table_E[expert] = names.index(name)
     # Index -1 (no expert) reads the table's last entry, which is always -1.
     server_TK = table_E[expert_ids_TK].masked_fill(~pending_TK, -1)
-    rows_per_call = max(1, max_tensor_bytes // max(1, payload_bytes(1, x_TD.shape[1], encoding)))
+    rows_per_call = min(max_rows, max(1, max_tensor_bytes // max(1, payload_bytes(1, x_TD.shape[1], encoding))))
     shipments: list[Shipment] = []
     for number, name in enumerate(names):
         here_TK = server_TK == number

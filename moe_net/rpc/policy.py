@@ -22,8 +22,11 @@ class CallPolicy:
     """Calls per shipment at most: the first one and its retries."""
     retry_pause_s: float = 0.05
     """Wait before the first repetition of the same call to the same peer; doubles with each further one."""
-    max_tensor_bytes: int = 16 * 2**20
-    """Largest tensor in one message; larger shipments are cut by rows."""
+    max_tensor_bytes: int = 14 * 2**20
+    """Largest tensor in one message; larger shipments are cut by rows. A backward that brings its inputs again has
+    two of them, and must stay below `Limits.max_message_bytes`."""
+    max_rows: int = 32_768
+    """Most rows in one message: half of what a server takes at most, and of what its queue holds."""
 
     def __post_init__(self) -> None:
         if min(self.forward_timeout_s, self.backward_timeout_s, self.commit_timeout_s) <= 0 or self.attempts < 1:
@@ -69,10 +72,11 @@ def after_backward(failure: CallFailure, *, attempt: int, left_s: float, policy:
 
 
 def after_commit(failure: CallFailure, *, attempt: int, left_s: float, policy: CallPolicy) -> Move:
-    """A commit is remembered by (trainer, step), so it may be said again."""
-    if left_s <= 0 or attempt >= policy.attempts or failure in (CallFailure.REFUSED, CallFailure.STALE_STEP):
+    """A commit is remembered by (trainer, step), so it may be said again; a peer that cannot be reached owes it
+    until the next one, and gets no rows before that."""
+    if left_s <= 0 or attempt >= policy.attempts:
         return Move.GIVE_UP
-    return Move.AGAIN
+    return Move.AGAIN if failure in (CallFailure.LATE, CallFailure.BUSY) else Move.GIVE_UP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -153,6 +153,7 @@ class ExpertSwarm:
             shipments = ship(
                 x_TD, expert_ids_TK, gates_TK, pending_TK, server_of,
                 encoding=self._encoding, max_tensor_bytes=self._policy.max_tensor_bytes,
+                max_rows=self._policy.max_rows,
             )  # fmt: skip
             if not shipments:
                 break

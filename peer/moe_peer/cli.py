@@ -11,6 +11,7 @@ import tyro
 
 from moe_net.config import load_toml
 from moe_net.errors import MoeNetError
+from moe_net.rpc.poller import choose_poller
 from moe_peer.config import ServeConfig, TrainConfig
 
 COMMANDS: dict[str, type[Any]] = {"serve": ServeConfig, "train": TrainConfig}
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command; leaves by SystemExit: 0 after a clean stop, 1 when the swarm refused, 2 for a user's mistake."""
     try:
         config = read_command_line(list(sys.argv[1:] if arguments is None else arguments))
+        choose_poller()
         # Imported here, so that --help starts neither torch nor grpc nor an event loop.
         if isinstance(config, ServeConfig):
             from moe_peer.serve import run_serve

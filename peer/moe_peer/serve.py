@@ -19,7 +19,7 @@ from moe_net.config import RunConfig, from_json, to_json
 from moe_net.discovery.announcer import Announcer
 from moe_net.discovery.dht import DhtDiscovery
 from moe_net.discovery.join import resolve_join
-from moe_net.discovery.manifest import keep_manifest
+from moe_net.discovery.manifest import find_manifest, keep_manifest, put_manifest
 from moe_net.discovery.record import Identity, to_ranges
 from moe_net.errors import CheckpointError, JoinError
 from moe_net.experts.bank import memory_bytes
@@ -36,8 +36,6 @@ from moe_peer.server import ExpertServer
 log = logging.getLogger(__name__)
 
 MIB = 2**20
-MANIFEST_POLL_S = 0.5
-"""Between two looks for a manifest that has not reached our part of the DHT yet."""
 
 
 def run_serve(config: ServeConfig) -> int:
@@ -105,6 +103,8 @@ async def _serve(config: ServeConfig) -> None:
         await stack.enter_async_context(
             Announcer(discovery, identity, run=run.name, address=address, experts=experts, ttl_s=run.record_ttl_s)
         )
+        # The coordinator may be gone tomorrow: newcomers find the manifest as long as one peer is there.
+        await put_manifest(discovery, to_json(run))
         ready = {
             "event": "ready",
             "role": "peer",
@@ -117,7 +117,6 @@ async def _serve(config: ServeConfig) -> None:
         print(json.dumps(ready), flush=True)
         log.info("serving %d experts (%s) of run %s at %s", len(experts), describe(experts), run.name, address)
         try:
-            # The coordinator may be gone tomorrow: newcomers find the manifest as long as one peer is there.
             await keep_manifest(discovery, to_json(run))
         finally:
             log.info("leaving: withdraw, finish what runs (%.0f s at most), stop", config.grace_s)
@@ -147,19 +146,14 @@ def _read_manifest(manifest_json: str, config: ServeConfig) -> RunConfig:
 
 
 async def _manifest_from_dht(discovery: DhtDiscovery, config: ServeConfig) -> str:
-    try:
-        async with asyncio.timeout(config.join_timeout_s):
-            while True:
-                manifest_json = await discovery.get_manifest()
-                if manifest_json is not None:
-                    return manifest_json
-                await asyncio.sleep(MANIFEST_POLL_S)
-    except TimeoutError:
+    manifest_json = await find_manifest(discovery, timeout_s=config.join_timeout_s)
+    if manifest_json is None:
         which = "any run" if discovery.run is None else f"run {discovery.run!r}"
         raise JoinError(
             f"joined the DHT by {', '.join(config.join)}, but it had no manifest of {which} for "
             f"{config.join_timeout_s:.0f} s. Is the name right, and has the run begun?"
-        ) from None
+        )
+    return manifest_json
 
 
 async def _choose_experts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import resource
 import struct
 import sys
@@ -40,6 +41,7 @@ RUN = RunConfig(
 )  # fmt: skip
 LIMITS = Limits(max_message_bytes=1 << 20, max_rows=1024, max_experts_per_row=8)
 KNOWN_ID, UNKNOWN_ID = b"k" * 16, b"u" * 16
+FRESH = itertools.count()
 
 # What a caller's mistake may be called. Not UNKNOWN or INTERNAL: that would be ours.
 REFUSALS = {
@@ -339,6 +341,8 @@ def test_every_single_mistake_has_its_status_and_changes_nothing(target: Target,
     if mistake.needs_routing and kind == "backward":
         kind = "backward with inputs"
     method, request, matrices = base_of(kind, encoding)
+    # A mistake that leaves a valid call (bf16 read as fp16) is applied: the next one must not meet its id.
+    request.call_id = next(FRESH).to_bytes(16, "big")
     mistake.do(data.draw, request, data.draw(st.sampled_from(matrices)))
     check(target, method, request.SerializeToString(), mistake.codes)
 

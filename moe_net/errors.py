@@ -12,7 +12,7 @@ class WireError(MoeNetError):
 
 
 class LimitError(WireError):
-    """A message that claims more than the limits allow; found before memory is spent (RESOURCE_EXHAUSTED)."""
+    """A message that claims more than the limits allow; found before memory is spent (OUT_OF_RANGE)."""
 
 
 class RecordError(MoeNetError):
@@ -29,6 +29,10 @@ class NoLiveExpertsError(MoeNetError):
 
 class TooManyDropsError(MoeNetError):
     """The dropped fraction over the window passed the configured maximum."""
+
+
+class DivergedError(MoeNetError):
+    """Our own activations, gradients or loss are not finite: no peer would take them, and none is to blame."""
 
 
 class JoinError(MoeNetError):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from moe_net.errors import DivergedError, WireError
 from moe_net.placement.health import (
     CallFailed,
     CallSucceeded,
@@ -35,6 +36,15 @@ from moe_net.rpc.policy import CallPolicy, Move, after_backward, after_commit, a
 from moe_net.trace import EventSink, FaultEvent, ignore
 from moe_net.types import Encoding, ExpertId, PeerInfo
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitCall, ForwardAnswer, ForwardCall
+from moe_net.wire.validate import check_finite
+
+
+def _require_finite(values: Tensor, what: str) -> None:
+    # Every server would refuse them, and each refusal would be held against the server.
+    try:
+        check_finite(values, what)
+    except WireError as error:
+        raise DivergedError(f"{error}: lower the learning rate, or go on from an earlier checkpoint") from error
 
 
 @dataclass(slots=True)
@@ -138,7 +148,11 @@ class ExpertSwarm:
     async def forward(
         self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, *, step: int, train: bool
     ) -> LayerResult:
-        """Run the pairs with `expert_ids_TK >= 0`; what no replica answers in time is simply not in the result."""
+        """Run the pairs with `expert_ids_TK >= 0`; what no replica answers in time is simply not in the result.
+
+        DivergedError when `x_TD` is not finite.
+        """
+        _require_finite(x_TD, f"activations before the experts of layer {layer}")
         deadline_s = self._clock_s() + self._policy.forward_timeout_s
         result = LayerResult(y_TD=torch.zeros_like(x_TD), answered_TK=torch.zeros_like(expert_ids_TK, dtype=torch.bool))
         pending_TK = expert_ids_TK >= 0
@@ -214,7 +228,11 @@ class ExpertSwarm:
     # Backward ---------------------------------------------------------------------------------------------
 
     async def backward(self, answered: list[Answered], grad_TD: Tensor, n_pairs: int) -> tuple[Tensor, Tensor]:
-        """Gradients of x [T, D] and of the gates [n_pairs, flattened T*K] from the servers that ran forward."""
+        """Gradients of x [T, D] and of the gates [n_pairs, flattened T*K] from the servers that ran forward.
+
+        DivergedError when `grad_TD` is not finite.
+        """
+        _require_finite(grad_TD, "gradients behind the experts")
         deadline_s = self._clock_s() + self._policy.backward_timeout_s
         dx_TD = torch.zeros_like(grad_TD)
         dgate = torch.zeros(n_pairs, dtype=torch.float32)

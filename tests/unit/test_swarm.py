@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import pytest
 import torch
 from swarms import small_run
 
 from moe_net.client import make_banks
+from moe_net.errors import DivergedError
 from moe_net.experts.host import ExpertHost
 from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure
@@ -167,6 +169,20 @@ async def test_commits_reach_a_peer_in_order_and_rows_do_not_overtake_them() -> 
     await swarm.commit(1, 64)
     assert transport.log == [("commit", "p0", 0), ("commit", "p0", 1)]
     assert set(hosts["p0"].versions[0].values()) == {2}
+    assert swarm.live(0, 6).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+async def test_our_own_nan_is_our_error_and_no_peer_is_blamed(bad: float) -> None:
+    swarm, transport, _, _ = swarm_of(1)
+    x_TD = X_TD.clone()
+    x_TD[2, 3] = bad
+    with pytest.raises(DivergedError, match="layer 0"):
+        await swarm.forward(0, x_TD, IDS_TK, GATES_TK, step=0, train=True)
+    result = await forward(swarm)
+    with pytest.raises(DivergedError, match="gradients"):
+        await swarm.backward(result.answered, x_TD, IDS_TK.numel())
+    assert [method for method, _, _ in transport.log] == ["forward"]
     assert swarm.live(0, 6).all()
 
 

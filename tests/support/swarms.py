@@ -83,11 +83,12 @@ def single_process_losses(run: RunConfig, steps: int, *, n_micro: int = 1) -> li
             extra = sum(auxiliary_loss(r.balance_loss, r.z_loss, run.model.router) for r in routings)
             ((loss + extra) / n_micro).backward()
             total += loss.item() / n_micro
-        nn.utils.clip_grad_norm_(model.trunk_parameters().values(), config.clip_norm)
+        limit = config.clip_norm or float("inf")
+        nn.utils.clip_grad_norm_(model.trunk_parameters().values(), limit)
         for moe in experts:
             for e in range(run.model.n_experts):
                 norm = torch.sqrt(moe.w_in_EDH.grad[e].square().sum() + moe.w_out_EFD.grad[e].square().sum())
-                scale = min(1.0, config.clip_norm / (float(norm) + 1e-6))
+                scale = min(1.0, limit / (float(norm) + 1e-6))
                 moe.w_in_EDH.grad[e] *= scale
                 moe.w_out_EFD.grad[e] *= scale
         for group in optimizer.param_groups:

@@ -84,8 +84,19 @@ def test_files_stay_short_enough_to_read() -> None:
     assert {name: n for name, n in lengths.items() if n >= MAX_LINES} == {}
 
 
+def handed_on(handler: ast.ExceptHandler) -> bool:
+    """The error is given whole to whoever awaits a future: caught by a thread, raised in a task."""
+    calls = [node for node in ast.walk(handler) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return any(
+        call.func.attr in ("set_exception", "call_soon_threadsafe")
+        and any(isinstance(argument, ast.Name) and argument.id == handler.name for argument in call.args)
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+    )
+
+
 def broad_handlers(tree: ast.AST) -> list[int]:
-    """Lines of handlers that catch everything and do not raise it again."""
+    """Lines of handlers that catch everything, and neither raise it again nor hand it on."""
     lines: list[int] = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.ExceptHandler):
@@ -94,7 +105,8 @@ def broad_handlers(tree: ast.AST) -> list[int]:
         broad = any(
             kind is None or (isinstance(kind, ast.Name) and kind.id in {"Exception", "BaseException"}) for kind in kinds
         )
-        if broad and not (isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None):
+        raised = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+        if broad and not raised and not handed_on(node):
             lines.append(node.lineno)
     return lines
 
@@ -108,6 +120,8 @@ def test_the_search_for_broad_handlers_finds_them() -> None:
     source = "try:\n  pass\nexcept (OSError, Exception):\n  pass\ntry:\n  pass\nexcept BaseException:\n  raise\n"
     assert broad_handlers(ast.parse(source)) == [3]
     assert broad_handlers(ast.parse("try:\n  pass\nexcept:\n  pass\n")) == [3]
+    assert broad_handlers(ast.parse("try:\n  pass\nexcept Exception as e:\n  f.set_exception(e)\n")) == []
+    assert broad_handlers(ast.parse("try:\n  pass\nexcept Exception as e:\n  log.error(e)\n")) == [3]
 
 
 def calls(tree: ast.AST) -> set[str]:

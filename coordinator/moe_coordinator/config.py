@@ -125,7 +125,7 @@ def run_config(options: LocalOptions) -> RunConfig:
         name="demo",
         seed=options.seed or 0,
         model=model,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, total_steps=options.steps or 300),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20, total_steps=options.steps or 300),
         global_batch_tokens=options.trainers * options.sequences * model.seq_len,
         wire=options.wire or "bf16",
     )

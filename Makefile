@@ -29,9 +29,9 @@ protos: $(STAMP)
 	$(BIN)/python protos/generate.py
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/wire.py
 	$(BIN)/python benchmarks/discovery.py
 	$(BIN)/python benchmarks/vs_hivemind.py
+	$(BIN)/python benchmarks/wire.py
 
 clean:
 	rm -rf $(VENV) runs

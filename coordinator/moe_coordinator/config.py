@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from moe_net.config import RunConfig, load_toml, to_json
+from moe_net.discovery.listen import check_listen, dht_multiaddr
 from moe_net.discovery.manifest import MANIFEST_TTL_S
 from moe_net.model.config import PRESETS, ModelConfig
 from moe_net.optim import OptimizerConfig
@@ -37,9 +37,7 @@ class ServeOptions:
     """Life of the manifest in the DHT; refreshed after a sixth of that."""
 
     def __post_init__(self) -> None:
-        host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdecimal():
-            raise ValueError(f"listen={self.listen!r} is not host:port")
+        check_listen(self.listen)
         self.dht_multiaddr  # noqa: B018  a wrong one is found now
         if not self.manifest_ttl_s > 0:
             raise ValueError("manifest_ttl_s must be positive")
@@ -47,14 +45,7 @@ class ServeOptions:
     @property
     def dht_multiaddr(self) -> str:
         """Where the DHT node listens; ValueError when that does not follow from `listen`."""
-        if self.dht_listen is not None:
-            return self.dht_listen
-        host = self.listen.rpartition(":")[0].strip("[]")
-        try:
-            address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
-        except ValueError:
-            raise ValueError(f"listen={self.listen!r} names no IP address: say --dht-listen as well") from None
-        return f"/ip{address.version}/{address}/tcp/0"
+        return dht_multiaddr(self.listen) if self.dht_listen is None else self.dht_listen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +55,9 @@ class LocalOptions:
     peers: int = 3
     """Expert servers."""
     trainers: int = 1
-    """Trainers."""
+    """Trainers. They share the experts; each trains a trunk of its own."""
     replicas: int = 1
-    """Peers that host each expert."""
+    """Peers that host each expert. They begin equal; nothing exchanges their updates yet."""
     kill_peer_at_step: int | None = None
     """SIGKILL the last peer, and all it started, when the first trainer has made this step."""
     preset: str | None = None

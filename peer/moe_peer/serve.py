@@ -77,7 +77,7 @@ async def _serve(config: ServeConfig) -> None:
         discovery = await DhtDiscovery.create(
             run=config.run if known is None else known.name,
             join=joined.dht_addresses,
-            listen=config.dht_listen or _dht_listen(config.listen),
+            listen=config.dht_multiaddr,
             join_timeout_s=config.join_timeout_s,
         )
         stack.push_async_callback(discovery.close)
@@ -126,13 +126,6 @@ def describe(experts: tuple[ExpertId, ...]) -> str:
     """As `parse_experts` reads it."""
     ranges = to_ranges(experts)
     return ",".join(f"{layer}.{first}" + (f"-{first + n - 1}" if n > 1 else "") for layer, first, n in ranges)
-
-
-def _dht_listen(listen: str) -> str:
-    host = listen.rpartition(":")[0]
-    if host.startswith("["):
-        return f"/ip6/{host.strip('[]')}/tcp/0"
-    return f"/ip4/{'127.0.0.1' if host == 'localhost' else host}/tcp/0"
 
 
 def _read_manifest(manifest_json: str, config: ServeConfig) -> RunConfig:

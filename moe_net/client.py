@@ -21,7 +21,7 @@ from moe_net.rpc.local import LocalTransport
 from moe_net.rpc.policy import CallPolicy
 from moe_net.rpc.portal import Portal
 from moe_net.rpc.swarm import ExpertSwarm
-from moe_net.trace import EventSink, ignore
+from moe_net.trace import EventSink, FaultEvent, ignore
 from moe_net.types import Encoding, ExpertId, PeerInfo
 
 
@@ -126,13 +126,19 @@ async def _join(
         ) from None
     transport = GrpcTransport(run=run.name, shape=run.model.expert_shape)
     stack.push_async_callback(transport.close)
+
+    def noticed(fault: FaultEvent) -> None:
+        if fault.what == "peer_suspended":
+            directory.refresh_soon()  # others may host what it had, and have joined since the last look
+        on_event(fault)
+
     swarm = ExpertSwarm(
         trainer=trainer,
         transport=transport,
         view=lambda: directory.view,
         encoding=run.wire_encoding,
         policy=policy,
-        on_event=on_event,
+        on_event=noticed,
     )
     return Membership(run=run, link=SwarmLink(swarm=swarm, runner=portal), directory=directory, transport=transport)
 

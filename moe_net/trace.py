@@ -11,7 +11,8 @@ class FaultEvent:
     """Something that went wrong and was dealt with."""
 
     what: str
-    """`forward_failed`, `backward_failed`, `commit_failed`, `peer_suspended`, `peer_gone`, `view_stale`, ..."""
+    """`forward_failed`, `backward_failed`, `commit_failed`, `fetch_failed`, `peer_suspended`,
+    `checkpoint_incomplete`."""
     peer: str = ""
     """Peer id, when one peer is concerned."""
     layer: int = -1

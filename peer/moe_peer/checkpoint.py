@@ -97,6 +97,20 @@ def newest_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
+def set_aside_later(folder: Path, step: int) -> None:
+    """Rename the checkpoints in `folder` after `step` to `replaced-step-N`.
+
+    A training that begins (or goes on) at `step` replaces them, and the newest one must be one of its own: stopped
+    before it gets so far, it would otherwise be resumed from its predecessor's.
+    """
+    for path in sorted(folder.glob("step-*")):
+        number = path.name.removeprefix("step-")
+        if number.isdecimal() and int(number) > step:
+            aside = folder / f"replaced-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+
+
 def read_meta(path: Path) -> CheckpointMeta:
     """The description of the checkpoint at `path`, after checking every file against its checksum."""
     try:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from moe_net.discovery.listen import check_listen, dht_multiaddr
 from moe_net.model.config import ModelConfig
 from moe_net.types import ExpertId
 
@@ -55,10 +56,9 @@ class ServeConfig:
     """How long running calls may take to finish at a stop."""
 
     def __post_init__(self) -> None:
-        host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdecimal():
-            raise ValueError(f"listen={self.listen!r} is not host:port")
-        if self.advertise is None and host in ("0.0.0.0", "[::]"):
+        check_listen(self.listen)
+        self.dht_multiaddr  # noqa: B018  a wrong one is found now
+        if self.advertise is None and self.listen.rpartition(":")[0] in ("0.0.0.0", "[::]"):
             raise ValueError(f"listen={self.listen!r} is every address of this machine: say by --advertise which one")
         if self.experts is not None and self.max_experts is not None:
             raise ValueError("experts and max_experts exclude each other")
@@ -75,6 +75,11 @@ class ServeConfig:
                 raise ValueError(f"{name} must be positive, not {value}")
         if min(self.cache_mib, self.reply_mib, self.grace_s) < 0:
             raise ValueError("cache_mib, reply_mib and grace_s must not be negative")
+
+    @property
+    def dht_multiaddr(self) -> str:
+        """Where the DHT node listens; ValueError when that does not follow from `listen`."""
+        return dht_multiaddr(self.listen) if self.dht_listen is None else self.dht_listen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +103,7 @@ class TrainConfig:
     trainer_index: int = 0
     """Which of the run's trainers this is; no two may be the same."""
     trainers: int = 1
-    """How many trainers the run has: the data is dealt out to them."""
+    """How many trainers the run has: the data is dealt out to them. They share the experts; each has its own trunk."""
     sequences: int = 16
     """Sequences in one step of this trainer."""
     micro_batches: int = 1
@@ -116,13 +121,13 @@ class TrainConfig:
     threads: int | None = None
     """Threads for tensor work; by default as many as cores."""
     wait_s: float = 60.0
-    """How long to wait until every expert has a host."""
+    """How long to wait until every expert has a host, and, later on, for a layer's experts that are all gone."""
     call_timeout_s: float = 20.0
     """Deadline of a layer's calls, retries included."""
     fetch_timeout_s: float = 120.0
     """Deadline for one peer's experts, when a checkpoint is made."""
     min_experts_per_token: int = 1
-    """Stop when a layer has fewer live experts than this."""
+    """Stop when a layer has fewer live experts than this for `wait_s`."""
     max_dropped_fraction: float = 0.5
     """Stop when more of the (token, expert) pairs than this got no answer, over the window."""
     drop_window_steps: int = 20
@@ -145,6 +150,8 @@ class TrainConfig:
             raise ValueError(f"micro_batches={self.micro_batches} does not divide sequences={self.sequences}")
         if not 0 <= self.max_dropped_fraction <= 1:
             raise ValueError("max_dropped_fraction must be in 0..1")
+        if min(self.checkpoint_every, self.sample_tokens) < 0:
+            raise ValueError("checkpoint_every and sample_tokens must not be negative")
         if min(self.wait_s, self.call_timeout_s, self.fetch_timeout_s) <= 0:
             raise ValueError("wait_s, call_timeout_s and fetch_timeout_s must be positive")
         if self.threads is not None and self.threads < 1:

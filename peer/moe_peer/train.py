@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +29,14 @@ from moe_net.rpc.policy import CallPolicy, DropWindow
 from moe_net.rpc.swarm import SwarmStats
 from moe_net.trace import FaultEvent
 from moe_net.wire.allocator import tune_allocator
-from moe_peer.checkpoint import CheckpointMeta, load_checkpoint, newest_checkpoint, read_meta, save_checkpoint
+from moe_peer.checkpoint import (
+    CheckpointMeta,
+    load_checkpoint,
+    newest_checkpoint,
+    read_meta,
+    save_checkpoint,
+    set_aside_later,
+)
 from moe_peer.config import TrainConfig
 from moe_peer.display import TrainDisplay
 from moe_peer.metrics import EvalMetrics, Event, MetricsLog, Record, StepMetrics, load_evenness, to_line
@@ -36,6 +45,10 @@ from moe_peer.trainer import StepResult, Trainer, build_model
 
 log = logging.getLogger(__name__)
 EVAL_SEQUENCES = 16
+# Between two looks for experts that are missing: a first suspension lasts 1 s.
+POLL_S = 0.2
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +63,13 @@ class Text:
 
 
 def load_text(config: TrainConfig, run: RunConfig, tokenizer_file: Path) -> Text:
-    """Corpus and tokenizer; a BPE is trained on the training split once and kept in `tokenizer_file`."""
+    """Corpus and tokenizer; a BPE is trained on the training split and kept in `tokenizer_file` for a resume."""
     corpus = load_corpus(config.data, max_bytes=config.max_data_mib * 2**20)
     train, held_out = join(corpus.train), join(corpus.held_out)
     tokenizer: Tokenizer
     if run.tokenizer == "bytes":
         tokenizer = ByteTokenizer()
-    elif tokenizer_file.exists():
+    elif config.resume is not None and tokenizer_file.exists():
         tokenizer = load_tokenizer(tokenizer_file)
     else:
         texts = (document.text for document in corpus.train)
@@ -123,11 +136,11 @@ class _Session:
     trainer: Trainer
     metrics: MetricsLog
     display: TrainDisplay
+    stop: _Stop
+    faults: list[FaultEvent]
+    """What the swarm reported and `note_faults` has not noted yet."""
     records: list[Record]
     drops: DropWindow
-    seen: SwarmStats = field(default_factory=SwarmStats)
-    seen_sent: int = 0
-    seen_received: int = 0
 
     def note(self, record: Record) -> None:
         self.records.append(record)
@@ -136,21 +149,27 @@ class _Session:
         if not isinstance(record, Event):
             say(to_line(record))
 
+    def note_faults(self, step: int | None = None) -> None:
+        """Note what went wrong since the last time, as of `step` (None: the one to make next)."""
+        while self.faults:
+            fault = self.faults.pop(0)
+            self.note(Event.of(fault, step=self.trainer.step if step is None else step, at_s=time.time()))
+
     def evaluate(self) -> EvalMetrics:
         """Held-out loss in nats per byte, on the same windows every time."""
         batches = list(evaluation(self.text.held_out, self.run, self.config))
-        nats, _ = self.trainer.evaluate(batches)
+        nats, _ = self._with_experts(lambda: self.trainer.evaluate(batches))
         n_bytes = sum(self.text.tokenizer.bytes_of(row[1:]) for batch in batches for row in batch)
         result = EvalMetrics(step=self.trainer.step, val_nats_per_byte=nats / n_bytes)
         self.note(result)
         return result
 
     def step(self) -> None:
-        self._require_experts()
-        started_s = time.monotonic()
-        result = self.trainer.train_step()
-        metrics = self._measure(result, time.monotonic() - started_s)
+        started_s, before = time.monotonic(), self._spent()
+        result = self._with_experts(self.trainer.train_step)
+        metrics = self._measure(result, time.monotonic() - started_s, before)
         self.note(metrics)
+        self.note_faults(metrics.step)
         self.drops = self.drops.after(metrics.routed_pairs, metrics.dropped_pairs)
         if self.drops.exceeded:
             raise TooManyDropsError(
@@ -158,6 +177,22 @@ class _Session:
                 f"answer (max_dropped_fraction={self.drops.max_fraction:.0%}); "
                 f"{metrics.live_experts} of {metrics.total_experts} experts are live"
             )
+
+    def _with_experts(self, work: Callable[[], ResultT]) -> ResultT:
+        """`work`, once every layer has experts enough; waits `wait_s` for them, for peers come back, or others come.
+
+        NoLiveExpertsError after that, or when asked to stop. `work` may raise it too, having changed nothing.
+        """
+        deadline_s = time.monotonic() + self.config.wait_s
+        while True:
+            try:
+                self._require_experts()
+                return work()
+            except NoLiveExpertsError:
+                if self.stop.asked or time.monotonic() > deadline_s:
+                    raise
+                self.note_faults()
+                self.member.link.runner.run(asyncio.sleep(POLL_S))
 
     def _require_experts(self) -> None:
         model = self.run.model
@@ -169,11 +204,14 @@ class _Session:
                     f"min_experts_per_token={self.config.min_experts_per_token}. Start a peer with --experts {layer}.*"
                 )
 
-    def _measure(self, result: StepResult, step_s: float) -> StepMetrics:
-        swarm, traffic = self.member.link.swarm, self.member.transport.traffic
-        now, then = replace(swarm.stats), self.seen
-        sent, received = traffic.sent_bytes - self.seen_sent, traffic.received_bytes - self.seen_received
-        self.seen, self.seen_sent, self.seen_received = now, traffic.sent_bytes, traffic.received_bytes
+    def _spent(self) -> tuple[SwarmStats, int, int]:
+        """Counters of calls, bytes sent and bytes received: a step's figures are differences."""
+        traffic = self.member.transport.traffic
+        return replace(self.member.link.swarm.stats), traffic.sent_bytes, traffic.received_bytes
+
+    def _measure(self, result: StepResult, step_s: float, before: tuple[SwarmStats, int, int]) -> StepMetrics:
+        swarm = self.member.link.swarm
+        (then, sent_before, received_before), (now, sent, received) = before, self._spent()
         model = self.run.model
         answers = now.staleness_count - then.staleness_count
         step = self.trainer.step - 1
@@ -187,8 +225,8 @@ class _Session:
             z_loss=result.z_loss,
             grad_norm=result.grad_norm,
             lr=self.run.optimizer.lr_at(step),
-            bytes_sent=sent,
-            bytes_received=received,
+            bytes_sent=sent - sent_before,
+            bytes_received=received - received_before,
             calls=now.calls - then.calls,
             retries=now.retries - then.retries,
             routed_pairs=now.routed_pairs - then.routed_pairs,
@@ -223,9 +261,15 @@ class _Session:
             trainers=self.config.trainers,
             sequences=self.config.sequences,
         )
-        return save_checkpoint(
+        path = save_checkpoint(
             self.config.out / "checkpoints", meta, self.trainer.model, self.trainer.optimizer, experts
         )
+        hosted = {name.rsplit(".", 1)[0] for name in experts}
+        missing = [str(expert) for expert in self.run.model.expert_ids if str(expert) not in hosted]
+        if missing:
+            detail = f"{path} lacks {len(missing)} experts that nobody hosts now: a resume starts them afresh"
+            self.faults.append(FaultEvent(what="checkpoint_incomplete", action="saved", detail=detail))
+        return path
 
     def sample(self) -> str:
         """The model's own writing, from a fixed beginning and a fixed seed."""
@@ -251,20 +295,20 @@ def run_train(config: TrainConfig) -> int:
     tune_allocator()
     if config.threads:
         torch.set_num_threads(config.threads)
-    events: list[FaultEvent] = []
+    faults: list[FaultEvent] = []
     with _Stop().installed() as stop, ExitStack() as stack:
         try:
             member = stack.enter_context(
                 join_run(
                     config.join, name=config.run, trainer=f"trainer-{config.trainer_index}", policy=_policy(config),
-                    on_event=events.append, wait_s=config.wait_s,
+                    on_event=faults.append, wait_s=config.wait_s,
                 )
             )  # fmt: skip
-            session = _open(config, member, stack)
+            session = _open(config, member, stack, stop, faults)
             say(json.dumps({"event": "ready", "role": "trainer", "run": member.run.name, "step": session.trainer.step}))
-            _train(session, stop, events)
+            _train(session)
         except KeyboardInterrupt:
-            return 130 if not stop.asked else 0
+            return 130
     return 0
 
 
@@ -273,7 +317,7 @@ def _policy(config: TrainConfig) -> CallPolicy:
     return CallPolicy(forward_timeout_s=timeout_s, backward_timeout_s=timeout_s, commit_timeout_s=timeout_s)
 
 
-def _open(config: TrainConfig, member: Membership, stack: ExitStack) -> _Session:
+def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop, faults: list[FaultEvent]) -> _Session:
     run = member.run
     text = load_text(config, run, config.out / "tokenizer.json")
     batches = Batches(
@@ -291,6 +335,7 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack) -> _Session
     )  # fmt: skip
     if config.resume is not None:
         _resume(config, text, trainer)
+    set_aside_later(config.out / "checkpoints", trainer.step)
     metrics = stack.enter_context(MetricsLog(config.out / "metrics.jsonl", resume_step=trainer.step))
     display = stack.enter_context(
         TrainDisplay(
@@ -301,7 +346,7 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack) -> _Session
     )
     return _Session(
         config=config, run=run, text=text, member=member, trainer=trainer, metrics=metrics, display=display,
-        records=list(metrics.kept),
+        stop=stop, faults=faults, records=list(metrics.kept),
         drops=DropWindow(max_fraction=config.max_dropped_fraction, length=config.drop_window_steps),
     )  # fmt: skip
 
@@ -324,23 +369,24 @@ def _resume(config: TrainConfig, text: Text, trainer: Trainer) -> None:
     trainer.step = meta.step
 
 
-def _train(session: _Session, stop: _Stop, events: list[FaultEvent]) -> None:
-    config, trainer = session.config, session.trainer
+def _train(session: _Session) -> None:
+    config, trainer, stop = session.config, session.trainer, session.stop
     started_s, first_step = time.monotonic(), trainer.step
     stop.in_steps = True
-    if trainer.step == 0:
-        session.evaluate()
-    while trainer.step < config.steps and not stop.asked:
-        session.step()
-        while events:
-            session.note(Event.of(events.pop(0), step=trainer.step - 1, at_s=time.time()))
-        if trainer.step % config.eval_every == 0 and trainer.step < config.steps:
+    try:
+        if trainer.step == 0:
             session.evaluate()
-        if config.checkpoint_every and trainer.step % config.checkpoint_every == 0 and trainer.step < config.steps:
-            session.checkpoint()
-    train_s = time.monotonic() - started_s
-    final = session.evaluate()
-    checkpoint = session.checkpoint()
+        while trainer.step < config.steps and not stop.asked:
+            session.step()
+            if trainer.step % config.eval_every == 0 and trainer.step < config.steps:
+                session.evaluate()
+            if config.checkpoint_every and trainer.step % config.checkpoint_every == 0 and trainer.step < config.steps:
+                session.checkpoint()
+        train_s = time.monotonic() - started_s
+        final = session.evaluate()
+        checkpoint = session.checkpoint()
+    finally:
+        session.note_faults()  # above all when they end the training
     stop.in_steps = False
     sample = session.sample()
     report = write_report(

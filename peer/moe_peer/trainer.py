@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moe_net.config import RunConfig
 from moe_net.data.batches import Batches, BatchId
+from moe_net.errors import NoLiveExpertsError
 from moe_net.model.losses import auxiliary_loss
 from moe_net.model.remote_moe import RemoteMoE, SwarmLink
 from moe_net.model.transformer import Transformer
@@ -69,7 +70,11 @@ class Trainer:
         )
 
     def train_step(self) -> StepResult:
-        """Make step `self.step`: forward and backward of its micro-batches, trunk update, commit to the peers."""
+        """Make step `self.step`: forward and backward of its micro-batches, trunk update, commit to the peers.
+
+        NoLiveExpertsError, with nothing changed, when a layer has none; from the second micro-batch on, the step is
+        made of those before.
+        """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(3, dtype=torch.float64)
@@ -81,7 +86,12 @@ class Trainer:
             rows = torch.from_numpy(self.batches.batch(BatchId(self.step, self._index, micro)))
             inputs_BS, targets_BS = rows[:, :-1], rows[:, 1:]
             n = targets_BS.numel()
-            logits_BSV, routings = self.model(inputs_BS, generator=self._jitter_generator(micro))
+            try:
+                logits_BSV, routings = self.model(inputs_BS, generator=self._jitter_generator(micro))
+            except NoLiveExpertsError:
+                if tokens == 0:
+                    raise
+                break  # The gradients of the first micro-batches are with the peers already: the step ends with them.
             loss = F.cross_entropy(logits_BSV.reshape(n, -1).float(), targets_BS.reshape(n), reduction="sum")
             total = loss
             for i, routing in enumerate(routings):

@@ -10,7 +10,14 @@ from swarms import make_trainer, remote_link, small_run, text_batches
 from moe_net.client import host_here, make_banks
 from moe_net.errors import CheckpointError
 from moe_net.experts.snapshot import unpack
-from moe_peer.checkpoint import CheckpointMeta, load_checkpoint, newest_checkpoint, read_meta, save_checkpoint
+from moe_peer.checkpoint import (
+    CheckpointMeta,
+    load_checkpoint,
+    newest_checkpoint,
+    read_meta,
+    save_checkpoint,
+    set_aside_later,
+)
 from moe_peer.trainer import Trainer
 
 RUN = small_run(jitter=0.05, bias_update_rate=0.01)
@@ -85,6 +92,20 @@ def test_damage_and_half_written_checkpoints_are_noticed(tmp_path: Path) -> None
     assert read_meta(path).step == 1
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         newest_checkpoint(tmp_path / "nothing")
+
+
+def test_a_training_anew_is_never_resumed_from_its_predecessor(tmp_path: Path) -> None:
+    for step in (100, 200, 300):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "state.json").write_text("{}")
+    set_aside_later(tmp_path, 100)
+    assert newest_checkpoint(tmp_path).name == "step-00000100"
+    set_aside_later(tmp_path, 0)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        newest_checkpoint(tmp_path)
+    # Aside, not away.
+    assert (tmp_path / "replaced-step-00000300" / "state.json").exists()
+    set_aside_later(tmp_path / "not there yet", 0)
 
 
 def test_the_experts_of_a_checkpoint_are_those_of_the_peers(tmp_path: Path) -> None:

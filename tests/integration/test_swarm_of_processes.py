@@ -123,6 +123,28 @@ async def test_a_peer_with_the_only_replica_dies_and_its_experts_are_masked(tmp_
     assert done["sample"].startswith("def ")
 
 
+async def test_a_trainer_left_without_experts_waits_for_the_next_peer(tmp_path: Path) -> None:
+    children: dict[str, Child] = {}
+
+    def on_event(child: Child, event: dict[str, object]) -> None:
+        if child.name == "trainer" and event["event"] == "step" and event["step"] == 4:
+            children["first"].kill()
+
+    out = tmp_path / "out"
+    async with Supervisor(tmp_path / "logs", on_event=on_event) as supervisor:
+        _, join = await start_coordinator(supervisor, tmp_path)
+        children["first"] = await supervisor.start(peer_spec("first", join))
+        await children["first"].ready(READY_S)
+        trainer = await supervisor.start(trainer_spec(join, out, 12))
+        await children["first"].wait()
+        second = await supervisor.start(peer_spec("second", join))
+        await second.ready(READY_S)
+        assert await trainer.wait() == 0, trainer.report("failed")
+    records = read_metrics(out / "metrics.jsonl")
+    assert [r.step for r in records if isinstance(r, StepMetrics)] == list(range(12))
+    assert any(r.what == "peer_suspended" for r in records if isinstance(r, Event))
+
+
 async def test_a_run_is_stopped_and_resumed_by_new_processes_with_the_same_losses(tmp_path: Path) -> None:
     """Invariant 9 across processes: SIGTERM in the middle, then everything anew from the checkpoint."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -146,3 +168,7 @@ async def test_a_run_is_stopped_and_resumed_by_new_processes_with_the_same_losse
     await run(tmp_path / "3", parts, 12, load=("--load", parts), more=("--resume", parts))
     assert len(losses(whole)) == 12
     assert losses(parts) == losses(whole)
+    # A step's figures are its own: the evaluation after step 9, and the checkpoint, are not counted in with step 10.
+    steps = [r for r in read_metrics(whole / "metrics.jsonl") if isinstance(r, StepMetrics)]
+    assert {s.calls for s in steps} == {2 * 2 * 2 + 2}
+    assert {s.routed_pairs for s in steps} == {2 * 2 * SEQUENCES * SEQ_LEN}

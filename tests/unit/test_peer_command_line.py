@@ -64,6 +64,8 @@ def test_a_wrong_specification_is_named_with_what_there_is(spec: str, complaint:
     [
         ({"listen": "8000"}, "not host:port"),
         ({"listen": "0.0.0.0:1"}, "--advertise"),
+        ({"listen": "127.0.0.1:99999"}, "a port is 65535 at most"),
+        ({"listen": "home.example:1"}, "names no IP address: say --dht-listen as well"),
         ({"experts": "0.1", "max_experts": 2}, "exclude each other"),
         ({"threads": 0}, "threads must be positive"),
         ({"cache_mib": -1}, "must not be negative"),
@@ -72,6 +74,11 @@ def test_a_wrong_specification_is_named_with_what_there_is(spec: str, complaint:
 def test_options_that_cannot_work_are_refused_before_anything_starts(wrong: dict[str, object], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ServeConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_training_does_not_find_out_at_its_end_that_it_cannot_write_a_sample() -> None:
+    with pytest.raises(ValueError, match="sample_tokens must not be negative"):
+        TrainConfig(sample_tokens=-1)
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:

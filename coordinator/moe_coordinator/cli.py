@@ -26,9 +26,11 @@ def main() -> None:
             from moe_coordinator import serve
 
             code = serve.main(options)
-    except (ValueError, MoeNetError) as error:
+    except (ValueError, OSError, MoeNetError) as error:
         print(f"moe-coordinator: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+        raise SystemExit(1 if isinstance(error, MoeNetError) else 2) from None
+    except KeyboardInterrupt:  # before the command took the signals over: nothing had begun
+        raise SystemExit(130) from None
     raise SystemExit(code)
 
 

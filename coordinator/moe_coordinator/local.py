@@ -32,6 +32,9 @@ TRAINER = (sys.executable, "-m", "moe_peer.cli", "train")
 def main(options: LocalOptions) -> int:
     """Exit code: 0 when every trainer finished, 1 when one failed, 128 + signal when asked to stop."""
     run = run_config(options)
+    steps, kill_at = options.steps or run.optimizer.total_steps, options.kill_peer_at_step
+    if kill_at is not None and not 0 <= kill_at < steps:
+        raise ValueError(f"kill_peer_at_step={kill_at} is not one of the steps 0..{steps - 1}")
     specs = deal_experts(run.model, peers=options.peers, replicas=options.replicas)
     if options.resume:
         newest_checkpoint(options.resume)  # a folder without one is refused before anything starts
@@ -137,6 +140,12 @@ class LocalSwarm:
         options = self._options
         async with supervisor:
             self._say(f"logs in {options.out / 'logs'}")
+            step_tokens = options.trainers * options.sequences * self._run_config.model.seq_len
+            if step_tokens != self._run_config.global_batch_tokens:
+                self._say(
+                    f"note: a step of all trainers has {step_tokens} tokens, and experts step once "
+                    f"global_batch_tokens={self._run_config.global_batch_tokens} are committed"
+                )
             coordinator = await supervisor.start(coordinator_spec(options))
             ready = await coordinator.ready(options.ready_timeout_s)
             join = str(ready["address"])

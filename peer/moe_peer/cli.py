@@ -18,7 +18,8 @@ COMMANDS: dict[str, type[Any]] = {"serve": ServeConfig, "train": TrainConfig}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; leaves by SystemExit: 0 after a clean stop, 1 when the swarm refused, 2 for a user's mistake."""
+    """The command; leaves by SystemExit: 0 after a clean stop, 1 when the swarm refused, 2 for a user's mistake, 130
+    when interrupted before it had begun (or, training, a second time)."""
     try:
         config = read_command_line(list(sys.argv[1:] if arguments is None else arguments))
         choose_poller()
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, MoeNetError) as error:
         print(f"moe-peer: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, MoeNetError) else 2) from None
+    except KeyboardInterrupt:  # before the command took the signals over: nothing had begun
+        raise SystemExit(130) from None
     raise SystemExit(code)
 
 

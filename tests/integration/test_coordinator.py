@@ -183,9 +183,23 @@ async def test_a_trainer_that_fails_ends_the_swarm_with_its_last_words(tmp_path:
     process = await local_swarm(tmp_path, "sys.exit('the loss is nan')", "--trainers", "2", "--peers", "1")
     stdout, stderr = await process.communicate()
     assert process.returncode == 1
+    assert b"note:" not in stderr
     assert b"failed with exit code 1" in stderr
     assert b"the loss is nan" in stderr
     assert stdout == b""
+
+
+async def test_a_swarm_that_would_not_do_what_was_asked_does_not_begin(tmp_path: Path) -> None:
+    for wrong, complaint in (
+        (("--kill-peer-at-step", "300"), b"kill_peer_at_step=300 is not one of the steps 0..299"),
+        (("--resume", str(tmp_path / "nowhere")), b"No such file or directory"),
+    ):
+        process = await local_swarm(tmp_path, STEPS, *wrong)
+        stdout, stderr = await process.communicate()
+        assert process.returncode == 2
+        assert stderr.startswith(b"moe-coordinator: ")
+        assert complaint in stderr
+        assert stdout == b""
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

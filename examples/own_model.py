@@ -2,7 +2,7 @@
 
     python examples/own_model.py
 
-With the address of a run, its peers do the work instead (the run's model must have d_model=64):
+With the address of a run, its peers do the work instead (of its layer 0; global_batch_tokens should be 256):
 
     python examples/own_model.py 127.0.0.1:7700
 """
@@ -37,10 +37,11 @@ class Regressor(nn.Module):
         self.before = nn.Linear(4, run.model.d_model)
         self.moe = RemoteMoE(run.model, layer=0, link=link)
         self.after = nn.Linear(run.model.d_model, 1)
+        self.jitter = torch.Generator().manual_seed(0)  # of the router's noise, in runs that have it
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.before(x)
-        y, routing = self.moe(h[None])  # (batch, positions, d_model)
+        y, routing = self.moe(h[None], generator=self.jitter)  # (batch, positions, d_model)
         config = self.moe.router.config
         return self.after(h + y[0]), config.balance_loss * routing.balance_loss + config.z_loss * routing.z_loss
 

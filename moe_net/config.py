@@ -42,6 +42,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.global_batch_tokens < 1:
             raise ValueError("global_batch_tokens must be at least 1")
+        if not self.name or self.record_ttl_s <= 0:
+            raise ValueError("name must not be empty, and record_ttl_s positive")
 
     @property
     def wire_encoding(self) -> Encoding:

@@ -74,6 +74,10 @@ class ModelConfig:
     """Routing recipe."""
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff_dense",
+                     "n_experts", "d_ff_expert"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if not 1 <= self.router.experts_per_token <= self.n_experts:
@@ -82,6 +86,8 @@ class ModelConfig:
             )
         if self.moe_every < 1:
             raise ValueError("moe_every must be at least 1")
+        if not self.moe_layers:
+            raise ValueError(f"moe_every={self.moe_every}: none of the n_layers={self.n_layers} blocks has experts")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: the rotary embedding turns pairs")
         if self.router.overflow == "lowest_gate":

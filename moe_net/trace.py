@@ -12,7 +12,7 @@ class FaultEvent:
 
     what: str
     """`forward_failed`, `backward_failed`, `commit_failed`, `fetch_failed`, `peer_suspended`,
-    `checkpoint_incomplete`."""
+    `no_live_experts`, `checkpoint_incomplete`."""
     peer: str = ""
     """Peer id, when one peer is concerned."""
     layer: int = -1

@@ -184,13 +184,17 @@ class _Session:
         NoLiveExpertsError after that, or when asked to stop. `work` may raise it too, having changed nothing.
         """
         deadline_s = time.monotonic() + self.config.wait_s
+        waiting = False
         while True:
             try:
                 self._require_experts()
                 return work()
-            except NoLiveExpertsError:
+            except NoLiveExpertsError as error:
                 if self.stop.asked or time.monotonic() > deadline_s:
                     raise
+                if not waiting:
+                    self.faults.append(FaultEvent(what="no_live_experts", action="waiting", detail=str(error)))
+                waiting = True
                 self.note_faults()
                 self.member.link.runner.run(asyncio.sleep(POLL_S))
 

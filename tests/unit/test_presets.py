@@ -89,3 +89,16 @@ def test_an_unknown_preset_names_the_choices() -> None:
 def test_a_model_that_cannot_work_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(ModelConfig(), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"n_layers": 0}, "n_layers must be at least 1"),
+        ({"seq_len": -1}, "seq_len must be at least 1"),
+        ({"n_layers": 2, "moe_every": 3}, "none of the n_layers=2 blocks has experts"),
+    ],
+)
+def test_a_model_that_cannot_exist_is_refused(wrong: dict[str, int], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ModelConfig(**wrong)

@@ -40,11 +40,13 @@ class CallFailure(Enum):
 class CallError(MoeNetError):
     """A call to an expert server that brought no answer."""
 
-    def __init__(self, failure: CallFailure, peer: str, detail: str) -> None:
+    def __init__(self, failure: CallFailure, peer: str, detail: str, *, queue_s: float = 0.0) -> None:
         super().__init__(f"{peer}: {failure.value}: {detail}")
         self.failure = failure
         self.peer = peer
         self.detail = detail
+        self.queue_s = queue_s
+        """Of a BUSY peer: the wait it expects just now; 0 when it did not say."""
 
 
 class ExpertTransport(Protocol):

@@ -128,14 +128,17 @@ def encode_backward_answer(answer: BackwardAnswer) -> bytes:
 
 def encode_commit_call(call: CommitCall) -> bytes:
     """A CommitRequest."""
-    return expert_pb2.CommitRequest(trainer=call.trainer, step=call.step, tokens=call.tokens).SerializeToString()
+    return expert_pb2.CommitRequest(
+        trainer=call.trainer, step=call.step, tokens=call.tokens, void_call_id=call.void
+    ).SerializeToString()
 
 
 def encode_commit_answer(answer: CommitAnswer) -> bytes:
     """A CommitReply."""
     return expert_pb2.CommitReply(
-        repeated_call=answer.repeated, stepped=answer.stepped, committed_tokens=answer.committed_tokens
-    ).SerializeToString()
+        repeated_call=answer.repeated, stepped=answer.stepped, committed_tokens=answer.committed_tokens,
+        voided=answer.voided, void_failed=answer.void_failed,
+    ).SerializeToString()  # fmt: skip
 
 
 def _check_matrix(matrix: tensor_pb2.Matrix, data: memoryview, name: str, limits: Limits) -> Encoding:
@@ -273,12 +276,17 @@ def decode_commit_call(data: bytes | memoryview, limits: Limits | None = None) -
     """A CommitRequest."""
     message, _ = take_apart(expert_pb2.CommitRequest, data, limits or Limits(), arrays=(), tensors=())
     check_trainer(message.trainer)
-    return CommitCall(trainer=message.trainer, step=message.step, tokens=message.tokens)
+    for call_id in message.void_call_id:
+        check_call_id(call_id)
+    return CommitCall(
+        trainer=message.trainer, step=message.step, tokens=message.tokens, void=tuple(message.void_call_id)
+    )
 
 
 def decode_commit_answer(data: bytes | memoryview, limits: Limits | None = None) -> CommitAnswer:
     """A CommitReply."""
     message, _ = take_apart(expert_pb2.CommitReply, data, limits or Limits(), arrays=(), tensors=())
     return CommitAnswer(
-        repeated=message.repeated_call, stepped=message.stepped, committed_tokens=message.committed_tokens
-    )
+        repeated=message.repeated_call, stepped=message.stepped, committed_tokens=message.committed_tokens,
+        voided=message.voided, void_failed=message.void_failed,
+    )  # fmt: skip

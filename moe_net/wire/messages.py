@@ -86,6 +86,8 @@ class CommitCall:
     trainer: str
     step: int
     tokens: int
+    void: tuple[bytes, ...] = ()
+    """Call ids whose gradient went to another replica: here it must not count, even if it was added already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,3 +98,7 @@ class CommitAnswer:
     """The experts made an optimizer step."""
     committed_tokens: int
     """Towards the next step."""
+    voided: int = 0
+    """Of the call's `void`: had been added, and are taken out again."""
+    void_failed: int = 0
+    """Of the call's `void`: had been added, and cannot be taken out any more."""

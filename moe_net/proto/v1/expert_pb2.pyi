@@ -371,19 +371,27 @@ class CommitRequest(_message.Message):
     TRAINER_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    VOID_CALL_ID_FIELD_NUMBER: _builtins.int
     trainer: _builtins.str
     step: _builtins.int
     tokens: _builtins.int
+    @_builtins.property
+    def void_call_id(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Calls of this step whose gradient went to another replica, because it was not known here in time whether it had
+        been added: take it out if it was, and do not add it if it comes yet. 16 bytes each.
+        """
+
     def __init__(
         self,
         *,
         trainer: _builtins.str = ...,
         step: _builtins.int = ...,
         tokens: _builtins.int = ...,
+        void_call_id: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "tokens", b"tokens", "trainer", b"trainer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "tokens", b"tokens", "trainer", b"trainer", "void_call_id", b"void_call_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -396,22 +404,30 @@ class CommitReply(_message.Message):
     REPEATED_CALL_FIELD_NUMBER: _builtins.int
     STEPPED_FIELD_NUMBER: _builtins.int
     COMMITTED_TOKENS_FIELD_NUMBER: _builtins.int
+    VOIDED_FIELD_NUMBER: _builtins.int
+    VOID_FAILED_FIELD_NUMBER: _builtins.int
     repeated_call: _builtins.bool
     """this (trainer, step) was committed before"""
     stepped: _builtins.bool
     """the experts made a step"""
     committed_tokens: _builtins.int
     """towards the next one"""
+    voided: _builtins.int
+    """of void_call_id: had been added here, and are taken out again"""
+    void_failed: _builtins.int
+    """of void_call_id: had been added, and can't be taken out any more"""
     def __init__(
         self,
         *,
         repeated_call: _builtins.bool = ...,
         stepped: _builtins.bool = ...,
         committed_tokens: _builtins.int = ...,
+        voided: _builtins.int = ...,
+        void_failed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_tokens", b"committed_tokens", "repeated_call", b"repeated_call", "stepped", b"stepped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_tokens", b"committed_tokens", "repeated_call", b"repeated_call", "stepped", b"stepped", "void_failed", b"void_failed", "voided", b"voided"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -465,3 +481,45 @@ class FetchChunk(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchChunk: _TypeAlias = FetchChunk  # noqa: Y015
+
+@_typing.final
+class ExchangeChunk(_message.Message):
+    """The chunks, joined, are one safetensors file as in FetchChunk. In the first one: what it is about."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    EXPERT_INDEX_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    sha256: _builtins.bytes
+    """of the whole, in the last chunk"""
+    peer_id: _builtins.str
+    """who speaks"""
+    layer: _builtins.int
+    @_builtins.property
+    def expert_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """rows whose gradients each expert has stepped on since these two last met"""
+
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        sha256: _builtins.bytes = ...,
+        peer_id: _builtins.str = ...,
+        layer: _builtins.int = ...,
+        expert_index: _abc.Iterable[_builtins.int] | None = ...,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "expert_index", b"expert_index", "layer", b"layer", "peer_id", b"peer_id", "rows", b"rows", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExchangeChunk: _TypeAlias = ExchangeChunk  # noqa: Y015

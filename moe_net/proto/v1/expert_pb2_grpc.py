@@ -62,6 +62,11 @@ class ExpertServiceStub:
                 request_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.FetchRequest.SerializeToString,
                 response_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.FetchChunk.FromString,
                 _registered_method=True)
+        self.Exchange = channel.stream_stream(
+                '/moe_net.v1.ExpertService/Exchange',
+                request_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.SerializeToString,
+                response_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.FromString,
+                _registered_method=True)
 
 
 class ExpertServiceServicer:
@@ -105,6 +110,13 @@ class ExpertServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Exchange(self, request_iterator, context):
+        """Two replicas average: one sends its state of some experts, the other answers with the mean, which both keep.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -132,6 +144,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.FetchRequest.FromString,
                     response_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.FetchChunk.SerializeToString,
+            ),
+            'Exchange': grpc.stream_stream_rpc_method_handler(
+                    servicer.Exchange,
+                    request_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.FromString,
+                    response_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -272,6 +289,33 @@ class ExpertService:
             '/moe_net.v1.ExpertService/Fetch',
             moe__net_dot_proto_dot_v1_dot_expert__pb2.FetchRequest.SerializeToString,
             moe__net_dot_proto_dot_v1_dot_expert__pb2.FetchChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Exchange(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/moe_net.v1.ExpertService/Exchange',
+            moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.SerializeToString,
+            moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.FromString,
             options,
             channel_credentials,
             insecure,

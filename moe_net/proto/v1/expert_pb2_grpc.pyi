@@ -46,6 +46,8 @@ class ExpertServiceStub:
     """The gradients of a trainer's step are complete."""
     Fetch: _grpc.UnaryStreamMultiCallable[_expert_pb2.FetchRequest, _expert_pb2.FetchChunk]
     """Whole state of experts (weights, optimizer, version), for checkpoints and joining replicas."""
+    Exchange: _grpc.StreamStreamMultiCallable[_expert_pb2.ExchangeChunk, _expert_pb2.ExchangeChunk]
+    """Two replicas average: one sends its state of some experts, the other answers with the mean, which both keep."""
 
 @_typing.type_check_only
 class ExpertServiceAsyncStub(ExpertServiceStub):
@@ -65,6 +67,8 @@ class ExpertServiceAsyncStub(ExpertServiceStub):
     """The gradients of a trainer's step are complete."""
     Fetch: _aio.UnaryStreamMultiCallable[_expert_pb2.FetchRequest, _expert_pb2.FetchChunk]  # type: ignore[assignment]
     """Whole state of experts (weights, optimizer, version), for checkpoints and joining replicas."""
+    Exchange: _aio.StreamStreamMultiCallable[_expert_pb2.ExchangeChunk, _expert_pb2.ExchangeChunk]  # type: ignore[assignment]
+    """Two replicas average: one sends its state of some experts, the other answers with the mean, which both keep."""
 
 class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
     """The experts of one peer. Every tensor is the last field of its message (see tensor.proto); the packed
@@ -111,5 +115,13 @@ class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_expert_pb2.FetchChunk], _abc.AsyncIterator[_expert_pb2.FetchChunk]]:
         """Whole state of experts (weights, optimizer, version), for checkpoints and joining replicas."""
+
+    @_abc_1.abstractmethod
+    def Exchange(
+        self,
+        request_iterator: _MaybeAsyncIterator[_expert_pb2.ExchangeChunk],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_expert_pb2.ExchangeChunk], _abc.AsyncIterator[_expert_pb2.ExchangeChunk]]:
+        """Two replicas average: one sends its state of some experts, the other answers with the mean, which both keep."""
 
 def add_ExpertServiceServicer_to_server(servicer: ExpertServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

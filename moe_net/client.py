@@ -57,7 +57,10 @@ def host_here(
         swarm = ExpertSwarm(
             trainer="here", transport=LocalTransport(hosts), view=lambda: view, encoding=encoding, on_event=on_event
         )
-        yield SwarmLink(swarm=swarm, runner=portal)
+        try:
+            yield SwarmLink(swarm=swarm, runner=portal)
+        finally:
+            portal.run(swarm.close())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +143,7 @@ async def _join(
         policy=policy,
         on_event=noticed,
     )
+    stack.push_async_callback(swarm.close)
     return Membership(run=run, link=SwarmLink(swarm=swarm, runner=portal), directory=directory, transport=transport)
 
 

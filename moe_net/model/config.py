@@ -32,6 +32,9 @@ class RouterConfig:
     (refused for causal models: whether a token is kept would depend on tokens after it)."""
     bias_update_rate: float = 0.0
     """Loss-free balancing: step of the selection bias towards under-used experts (Wang et al., 2024); 0: off."""
+    latency_bias: float = 0.0
+    """The most that an expert on a slow or overloaded server loses in the selection, in units of the logits; 0: off.
+    What it does depends on the network, so no two runs with it are alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

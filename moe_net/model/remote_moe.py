@@ -90,7 +90,9 @@ class RemoteMoE(nn.Module):
     def forward(self, h_BSD: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Routing]:
         """(B, S, D) -> (B, S, D) and the routing, with its losses; experts that did not answer are not in y."""
         live_E = self._link.swarm.live(self.layer, self.n_experts)
-        routing = self.router(h_BSD, live_E=live_E, generator=generator)
+        bound = self.router.config.latency_bias
+        bias_E = self._link.swarm.latency_bias(self.layer, self.n_experts, bound=bound)
+        routing = self.router(h_BSD, live_E=live_E, bias_E=bias_E, generator=generator)
         x_TD = h_BSD.reshape(-1, h_BSD.shape[-1])
         ids_TK, gates_TK = routing.expert_ids_TK, routing.gates_TK
         if torch.is_grad_enabled():

@@ -44,6 +44,8 @@ class Routing:
     """int64: pairs chosen per expert, before the capacity limit."""
     overflow: Tensor
     """int64 scalar: pairs dropped by the capacity limit."""
+    moved: Tensor
+    """int64 scalar: pairs whose expert was chosen only because of `bias_E` (latency, reachability)."""
 
 
 def combine_denominator(gates_TK: Tensor, answered_TK: Tensor, mode: str) -> Tensor:
@@ -185,9 +187,13 @@ class Router(nn.Module):
             masked_TE = logits_TE if dead_E is None else logits_TE.masked_fill(dead_E, -torch.inf)
             probs_TE = masked_TE.softmax(1)
             score_TE = masked_TE.detach() + self.balance_bias_E
-            if bias_E is not None:
-                score_TE = score_TE + bias_E.to(score_TE)
-            ids_TK = score_TE.topk(config.experts_per_token, dim=1).indices
+            k = config.experts_per_token
+            moved = torch.zeros((), dtype=torch.int64, device=x_TD.device)
+            if bias_E is None:
+                ids_TK = score_TE.topk(k, dim=1).indices
+            else:
+                ids_TK = (score_TE + bias_E.to(score_TE)).topk(k, dim=1).indices
+                moved = (ids_TK.unsqueeze(2) != score_TE.topk(k, dim=1).indices.unsqueeze(1)).all(2).sum()
             if dead_E is not None:
                 ids_TK = ids_TK.masked_fill(dead_E[ids_TK], -1)
             chosen_TK = ids_TK >= 0
@@ -205,6 +211,7 @@ class Router(nn.Module):
                 z_loss=losses.z_loss(logits_TE, live_E=live_E),
                 load_E=load_E,
                 overflow=(chosen_TK & ~kept_TK).sum(),
+                moved=moved,
             )
 
     def _jittered(self, x_BSD: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -1,13 +1,16 @@
-"""Which peers to avoid for a while. Pure: (state, event, now) -> state; times are of one monotonic clock.
+"""Which peers to leave alone. Pure: (state, event, now) -> state; times are of one monotonic clock.
 
-A peer is *fine* until `failures_to_suspend` failures in a row, then *suspended* for a backoff, then on *probation*:
-usable again, but one more failure suspends it at once for a longer time. A success makes it fine.
+A circuit breaker for each peer. It is *fine* until it fails too often in a row (a call that was late counts at once:
+it has cost a whole deadline), then *suspended*: no rows go there. Once the backoff is over a probe is due, and only a
+probe that is answered makes the peer usable again: no step ever waits to find out whether somebody is back. It is *on
+probation* then: usable, but one more failure suspends it for longer than the last time, until it has been without one
+for as long as it was suspended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 
@@ -15,29 +18,29 @@ from types import MappingProxyType
 class HealthConfig:
     """How long a failing peer is left alone."""
 
-    failures_to_suspend: int = 1
-    """Failures in a row before a peer that was fine is suspended."""
-    backoff_s: float = 1.0
+    failures_to_suspend: int = 2
+    """Failures in a row before a peer that was fine is suspended: one broken connection is made again at once."""
+    backoff_s: float = 0.5
     """Length of the first suspension."""
     backoff_factor: float = 2.0
-    """Each further suspension without a success in between is longer by this."""
-    max_backoff_s: float = 60.0
+    """Each further suspension is longer by this, unless the peer stood its probation in between."""
+    max_backoff_s: float = 30.0
     """Longest suspension."""
-    probation_s: float = 120.0
-    """A peer that had no failure for so long after its suspension ended is fine without a success."""
+    at_once: frozenset[str] = frozenset({"late"})
+    """Failures that suspend without a second one."""
     harmless: frozenset[str] = frozenset({"busy", "inputs_gone", "stale_step"})
     """Failures that say nothing against the peer: it answered, and would answer other calls."""
 
     def __post_init__(self) -> None:
         if self.failures_to_suspend < 1:
             raise ValueError("failures_to_suspend must be at least 1")
-        if not (0 < self.backoff_s <= self.max_backoff_s and self.backoff_factor >= 1 and self.probation_s >= 0):
-            raise ValueError("needs 0 < backoff_s <= max_backoff_s, backoff_factor >= 1 and probation_s >= 0")
+        if not (0 < self.backoff_s <= self.max_backoff_s and self.backoff_factor >= 1):
+            raise ValueError("needs 0 < backoff_s <= max_backoff_s and backoff_factor >= 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallSucceeded:
-    """A peer answered a call."""
+    """A peer answered a call with rows, or a commit."""
 
     peer_id: str
 
@@ -48,7 +51,21 @@ class CallFailed:
 
     peer_id: str
     failure: str = ""
-    """A `CallFailure` value; see `HealthConfig.harmless`."""
+    """A `CallFailure` value; see `HealthConfig`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeSucceeded:
+    """A suspended peer answered a probe."""
+
+    peer_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeFailed:
+    """A suspended peer did not answer a probe."""
+
+    peer_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +75,22 @@ class PeerGone:
     peer_id: str
 
 
-HealthEvent = CallSucceeded | CallFailed | PeerGone
+HealthEvent = CallSucceeded | CallFailed | ProbeSucceeded | ProbeFailed | PeerGone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerHealth:
-    """Of a peer that has failed since its last success."""
+    """Of a peer that is not simply fine."""
 
-    failures: int
-    """In a row, before the first suspension."""
+    failures: int = 0
+    """In a row."""
     suspensions: int = 0
-    """Without a success in between."""
-    suspended_until_s: float = float("-inf")
+    """Since it was last fine."""
+    suspended: bool = False
+    probe_due_s: float = float("-inf")
+    """While suspended: when to ask it again."""
+    fine_at_s: float = float("inf")
+    """On probation: when that ends, if no failure comes before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,28 +104,45 @@ def after_event(state: HealthState, event: HealthEvent, now_s: float, config: He
     """The state after `event`; the same object when nothing changes."""
     known = state.peers.get(event.peer_id)
     match event:
-        case CallSucceeded() | PeerGone():
+        case PeerGone():
             return state if known is None else _with(state, event.peer_id, None)
-        case CallFailed() if event.failure in config.harmless:
-            return state
         case CallFailed():
             # Calls that were on their way when the first of them failed fail too, and are no further evidence.
-            if known is not None and now_s < known.suspended_until_s:
+            if event.failure in config.harmless or (known is not None and known.suspended):
                 return state
-            if known is not None and known.suspensions and now_s > known.suspended_until_s + config.probation_s:
-                known = None
-            return _with(state, event.peer_id, _failed_once_more(known, now_s, config))
+            return _with(state, event.peer_id, _failed(known or PeerHealth(), event.failure, now_s, config))
+        case CallSucceeded():
+            # An answer that was on its way when the peer was suspended is older than the reason for that.
+            if known is None or known.suspended:
+                return state
+            fine = known.suspensions == 0 or now_s >= known.fine_at_s
+            return _with(state, event.peer_id, None if fine else replace(known, failures=0))
+        case ProbeSucceeded():
+            if known is None or not known.suspended:
+                return state
+            served_s = backoff_s(known.suspensions - 1, config)
+            return _with(state, event.peer_id, replace(known, failures=0, suspended=False, fine_at_s=now_s + served_s))
+        case ProbeFailed():
+            if known is None or not known.suspended:
+                return state
+            return _with(state, event.peer_id, _suspended(known, now_s, config))
 
 
-def _failed_once_more(known: PeerHealth | None, now_s: float, config: HealthConfig) -> PeerHealth:
-    failures = (known.failures if known else 0) + 1
-    suspensions = known.suspensions if known else 0
-    if suspensions == 0 and failures < config.failures_to_suspend:
-        return PeerHealth(failures=failures)
+def _failed(known: PeerHealth, failure: str, now_s: float, config: HealthConfig) -> PeerHealth:
+    if known.suspensions and now_s >= known.fine_at_s:
+        known = PeerHealth()
+    known = replace(known, failures=known.failures + 1)
+    if known.suspensions or failure in config.at_once or known.failures >= config.failures_to_suspend:
+        return _suspended(known, now_s, config)
+    return known
+
+
+def _suspended(known: PeerHealth, now_s: float, config: HealthConfig) -> PeerHealth:
     return PeerHealth(
-        failures=failures,
-        suspensions=suspensions + 1,
-        suspended_until_s=now_s + backoff_s(suspensions, config),
+        failures=known.failures,
+        suspensions=known.suspensions + 1,
+        suspended=True,
+        probe_due_s=now_s + backoff_s(known.suspensions, config),
     )
 
 
@@ -119,18 +157,22 @@ def backoff_s(suspensions_before: int, config: HealthConfig) -> float:
     return min(length_s, config.max_backoff_s)
 
 
-def usable(state: HealthState, peer_id: str, now_s: float, config: HealthConfig) -> bool:
-    """Whether to call the peer at `now_s`: it is not suspended."""
+def usable(state: HealthState, peer_id: str) -> bool:
+    """Whether rows may go to the peer."""
     known = state.peers.get(peer_id)
-    return known is None or now_s >= known.suspended_until_s
+    return known is None or not known.suspended
 
 
-def on_probation(state: HealthState, peer_id: str, now_s: float, config: HealthConfig) -> bool:
+def on_probation(state: HealthState, peer_id: str, now_s: float) -> bool:
     """Whether the peer is usable, but one failure suspends it for longer than the last time."""
     known = state.peers.get(peer_id)
-    if known is None or known.suspensions == 0:
-        return False
-    return known.suspended_until_s <= now_s <= known.suspended_until_s + config.probation_s
+    return known is not None and known.suspensions > 0 and not known.suspended and now_s < known.fine_at_s
+
+
+def probe_due_s(state: HealthState, peer_id: str) -> float | None:
+    """When a suspended peer may be asked whether it is back; None for one that is usable."""
+    known = state.peers.get(peer_id)
+    return known.probe_due_s if known is not None and known.suspended else None
 
 
 def _with(state: HealthState, peer_id: str, health: PeerHealth | None) -> HealthState:

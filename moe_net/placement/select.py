@@ -8,27 +8,35 @@ within a factor 1 + ln(E) of the fewest (Chvatal, 1979).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from moe_net.placement.view import View
 from moe_net.types import ExpertId
 
 
 def select(
-    view: View, layer: int, expert_counts: Mapping[int, int], *, salt: str = "", max_rows: int | None = None
+    view: View,
+    layer: int,
+    expert_counts: Mapping[int, int],
+    *,
+    salt: str = "",
+    max_rows: int | None = None,
+    spared: Collection[str] = (),
+    tried: Collection[tuple[int, str]] = (),
 ) -> dict[int, str]:
     """Expert index -> peer id, for every wanted expert of `layer` that has a replica in `view`.
 
     `expert_counts` has the rows of each wanted expert (those with none are left out). Server by server, the one
     that can take the most rows is chosen; `salt` (say, the trainer's name) decides between equals, so that
     trainers spread over equal replicas and one trainer keeps to its own. With `max_rows`, a server that has got so
-    many rows takes another expert only if that has no other replica.
+    many rows takes another expert only if that has no other replica. Peers in `spared` (slow, or with a full queue)
+    get only those experts that nobody else in `view` hosts; an expert in `tried` is not given to that peer again.
     """
     open_replicas: dict[int, set[str]] = {}
     for index, rows in expert_counts.items():
-        replicas = view.replicas(ExpertId(layer, index)) if rows > 0 else ()
+        replicas = {p for p in view.replicas(ExpertId(layer, index)) if (index, p) not in tried} if rows > 0 else None
         if replicas:
-            open_replicas[index] = set(replicas)
+            open_replicas[index] = replicas.difference(spared) or replicas
     hosted: dict[str, set[int]] = {}
     for index, replicas in open_replicas.items():
         for peer_id in replicas:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -49,6 +50,14 @@ class CallError(MoeNetError):
         """Of a BUSY peer: the wait it expects just now; 0 when it did not say."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """A call that brought no answer, as a value."""
+
+    error: CallError
+    waited_s: float
+
+
 class ExpertTransport(Protocol):
     """Carries calls to peers. Every method raises CallError, and nothing else, when no answer comes."""
 
@@ -57,6 +66,10 @@ class ExpertTransport(Protocol):
     async def backward(self, peer: PeerInfo, call: BackwardCall, *, timeout_s: float) -> BackwardAnswer: ...
 
     async def commit(self, peer: PeerInfo, call: CommitCall, *, timeout_s: float) -> CommitAnswer: ...
+
+    async def ping(self, peer: PeerInfo, *, timeout_s: float) -> None:
+        """Return once the peer has answered."""
+        ...
 
     async def fetch(
         self, peer: PeerInfo, layer: int, expert_index: Sequence[int], *, timeout_s: float

@@ -141,6 +141,9 @@ class GrpcTransport:
         request = expert_pb2.InfoRequest().SerializeToString()
         return await self._call(peer, "Info", request, expert_pb2.InfoReply.FromString, timeout_s)
 
+    async def ping(self, peer: PeerInfo, *, timeout_s: float) -> None:
+        await self.info(peer, timeout_s=timeout_s)
+
     async def fetch(
         self, peer: PeerInfo, layer: int, expert_index: Sequence[int], *, timeout_s: float
     ) -> dict[str, Tensor]:

@@ -72,6 +72,10 @@ class LocalTransport:
     async def commit(self, peer: PeerInfo, call: CommitCall, *, timeout_s: float) -> CommitAnswer:
         return self._do(peer, lambda host: host.commit(call))
 
+    async def ping(self, peer: PeerInfo, *, timeout_s: float) -> None:
+        if peer.peer_id not in self._hosts:
+            raise CallError(CallFailure.UNREACHABLE, peer.peer_id, "no such host in this process")
+
     async def fetch(
         self, peer: PeerInfo, layer: int, expert_index: Sequence[int], *, timeout_s: float
     ) -> dict[str, Tensor]:

@@ -21,6 +21,8 @@ class Shipment:
     """The rows of one call to one server."""
 
     peer_id: str
+    experts: tuple[int, ...]
+    """What the server was chosen for; a call that was cut by rows need not use all of them."""
     token_R: Tensor
     """int64, token of each row, ascending."""
     pair_P: Tensor
@@ -57,6 +59,7 @@ def ship(
     shipments: list[Shipment] = []
     for number, name in enumerate(names):
         here_TK = server_TK == number
+        experts = tuple(expert for expert, server in server_of.items() if server == name)
         token_all = here_TK.any(dim=1).nonzero().squeeze(1)
         for token_R in token_all.split(rows_per_call):
             if token_R.numel() == 0:
@@ -67,6 +70,7 @@ def ship(
             shipments.append(
                 Shipment(
                     peer_id=name,
+                    experts=experts,
                     token_R=token_R,
                     pair_P=pair_P,
                     rows=RoutedRows(

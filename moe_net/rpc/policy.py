@@ -10,18 +10,26 @@ from moe_net.rpc.base import CallFailure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallPolicy:
-    """Deadlines and attempts of a trainer's calls."""
+    """Bounds of a trainer's calls. Within them, deadlines and hedges follow from what was measured."""
 
     forward_timeout_s: float = 20.0
-    """Deadline of a layer's forward, fail-over included."""
+    """The most that a layer's forward may take, fail-over included; also the deadline while nothing is measured yet."""
     backward_timeout_s: float = 20.0
-    """Deadline of a layer's backward, retries included."""
+    """The same of a layer's backward."""
     commit_timeout_s: float = 20.0
-    """Deadline of a commit, retries included."""
+    """The same of a commit."""
+    min_timeout_s: float = 2.0
+    """No call is given up before: a machine that pauses this long (a collection, a full disk, a neighbour's build) has
+    not failed. Hedges begin as early as the measured tail says."""
     attempts: int = 3
     """Calls per shipment at most: the first one and its retries."""
     retry_pause_s: float = 0.05
     """Wait before the first repetition of the same call to the same peer; doubles with each further one."""
+    hedge_fraction: float = 0.05
+    """Calls sent a second time only because the first is late, as a share of all calls; 0: none. Forward and backward
+    have this much each."""
+    hedge_burst: float = 16.0
+    """So many may come together: who stalls often stalls in several layers in a row."""
     max_tensor_bytes: int = 14 * 2**20
     """Largest tensor in one message; larger shipments are cut by rows. A backward that brings its inputs again has
     two of them, and must stay below `Limits.max_message_bytes`."""
@@ -29,54 +37,96 @@ class CallPolicy:
     """Most rows in one message: half of what a server takes at most, and of what its queue holds."""
 
     def __post_init__(self) -> None:
-        if min(self.forward_timeout_s, self.backward_timeout_s, self.commit_timeout_s) <= 0 or self.attempts < 1:
+        times_s = (self.forward_timeout_s, self.backward_timeout_s, self.commit_timeout_s, self.min_timeout_s)
+        if min(times_s) <= 0 or self.attempts < 1:
             raise ValueError("timeouts must be positive and attempts at least 1")
+        if not 0 <= self.hedge_fraction <= 1 or self.hedge_burst < 1:
+            raise ValueError("hedge_fraction must be in 0..1 and hedge_burst at least 1")
 
 
 class Move(Enum):
     """The caller's next move."""
 
     ELSEWHERE = "elsewhere"
-    """Ask another replica (forward: the same rows may run anywhere)."""
+    """Ask another replica."""
     AGAIN = "again"
-    """The same call, same id, same peer: it cannot count twice."""
+    """The same call to the same peer, once more."""
     RESEND = "resend"
     """The same call with its inputs."""
     GIVE_UP = "give_up"
-    """Count the pairs as dropped."""
+    """Count the pairs as dropped, or their gradients as lost."""
 
 
-def pause_s(*, attempt: int, left_s: float, policy: CallPolicy) -> float:
-    """Wait before call number `attempt` + 1: a connection that broke needs a moment, a deadline bounds it."""
-    return max(0.0, min(policy.retry_pause_s * 2 ** (attempt - 1), left_s / 2))
+def pause_s(*, attempt: int, left_s: float, policy: CallPolicy, queue_s: float = 0.0) -> float:
+    """Wait before call number `attempt` + 1 to the same peer: a connection that broke needs a moment, a full queue the
+    time it said (`queue_s`); a deadline bounds both."""
+    return max(0.0, min(max(queue_s, policy.retry_pause_s * 2 ** (attempt - 1)), left_s / 2))
 
 
-def after_forward(failure: CallFailure, *, attempt: int, left_s: float, policy: CallPolicy) -> Move:
-    """Forward has no effect on the server, so any replica may be asked as long as time is left."""
+def after_forward(
+    failure: CallFailure, *, attempt: int, left_s: float, policy: CallPolicy, replica: bool, usable: bool
+) -> Move:
+    """Forward has no effect on the server, so any replica may be asked as long as time is left.
+
+    Without another replica (`replica`) the same peer is asked again, if it is `usable` still and the failure may pass:
+    a full queue, a connection that broke.
+    """
     if left_s <= 0 or attempt >= policy.attempts:
         return Move.GIVE_UP
-    return Move.ELSEWHERE
+    if replica:
+        return Move.ELSEWHERE
+    passes = failure in (CallFailure.BUSY, CallFailure.UNREACHABLE)
+    return Move.AGAIN if passes and usable else Move.GIVE_UP
 
 
-def after_backward(failure: CallFailure, *, attempt: int, left_s: float, policy: CallPolicy) -> Move:
-    """Backward follows the peer that ran forward: only its book knows whether the gradient counted already."""
-    if left_s <= 0 or attempt >= policy.attempts:
+def after_backward(
+    failure: CallFailure, *, attempt: int, left_s: float, policy: CallPolicy, replica: bool, usable: bool
+) -> Move:
+    """Backward stays with the peer that ran forward while that can answer: it has the inputs, and its book knows
+    whether the gradient counted already. Another replica (`replica`) is given the inputs and takes over; the first one
+    is told to void the call with the step's commit, so that the gradient counts once wherever it arrived.
+    """
+    if left_s <= 0 or failure is CallFailure.STALE_STEP:
         return Move.GIVE_UP
-    match failure:
-        case CallFailure.INPUTS_GONE:
-            return Move.RESEND
-        case CallFailure.UNREACHABLE | CallFailure.LATE | CallFailure.BUSY:
-            return Move.AGAIN
-        case CallFailure.STALE_STEP | CallFailure.REFUSED:
-            return Move.GIVE_UP
+    if failure is CallFailure.INPUTS_GONE and attempt < policy.attempts:
+        return Move.RESEND
+    if replica:
+        return Move.ELSEWHERE
+    passes = failure in (CallFailure.BUSY, CallFailure.UNREACHABLE, CallFailure.LATE)
+    return Move.AGAIN if passes and usable and attempt < policy.attempts else Move.GIVE_UP
 
 
-def after_commit(failure: CallFailure, *, attempt: int, left_s: float, policy: CallPolicy) -> Move:
-    """A commit is remembered by (trainer, step), so it may be said again; a peer that cannot be reached owes it
-    until the next one, and gets no rows before that."""
-    if left_s <= 0 or attempt >= policy.attempts:
+def after_commit(failure: CallFailure, *, attempt: int, left_s: float, policy: CallPolicy, usable: bool = True) -> Move:
+    """A commit is remembered by (trainer, step), so it may be said again while the peer is `usable`; one that it does
+    not hear is owed to it, and it gets no rows before."""
+    if left_s <= 0 or attempt >= policy.attempts or not usable:
         return Move.GIVE_UP
-    return Move.AGAIN if failure in (CallFailure.LATE, CallFailure.BUSY) else Move.GIVE_UP
+    return Move.AGAIN if failure in (CallFailure.BUSY, CallFailure.UNREACHABLE) else Move.GIVE_UP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HedgeBudget:
+    """Caps the extra load of hedges: a token bucket that calls fill and hedges empty."""
+
+    fraction: float
+    """Tokens that a call adds."""
+    burst: float
+    """Tokens at most, and at the start."""
+    tokens: float | None = None
+
+    @property
+    def left(self) -> float:
+        return self.burst if self.tokens is None else self.tokens
+
+    @property
+    def allows(self) -> bool:
+        return self.fraction > 0 and self.left >= 1
+
+    def after_call(self) -> HedgeBudget:
+        return replace(self, tokens=min(self.burst, self.left + self.fraction))
+
+    def after_hedge(self, calls: int = 1) -> HedgeBudget:
+        return replace(self, tokens=self.left - calls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -161,12 +161,14 @@ def test_what_one_backend_saved_does_not_confuse_another(backend: str) -> None:
     assert torch.equal(dx, run_explicit(case, backend)["dx"])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_weight_gradients_are_added_to_what_is_there(backend: str) -> None:
-    case = make_case(1, t=40, k=2, e=3, d=16, f=8, activation=Activation.GELU)
+def test_weight_gradients_are_added_to_what_is_there(backend: str, dtype: torch.dtype) -> None:
+    case = make_case(1, t=40, k=2, e=3, d=16, f=8, activation=Activation.GELU).to(dtype)
     args = (case.x_TD, case.ids_TK, case.gates_TK, case.weights)
     once = run_explicit(case, backend)
-    grads = WeightGrads(torch.ones_like(case.weights.w_in_EDH), torch.ones_like(case.weights.w_out_EFD))
+    ones = [torch.ones(w.shape) for w in (case.weights.w_in_EDH, case.weights.w_out_EFD)]  # fp32 beside bf16 too
+    grads = WeightGrads(*ones)
     for _ in range(2):
         moe_ffn_backward(case.dy_TD, *args, None, weight_grads=grads, backend=backend)
     torch.testing.assert_close(grads.w_in_EDH, 1 + 2 * once["dw_in"], rtol=1e-5, atol=1e-5)

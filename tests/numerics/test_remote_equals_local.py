@@ -49,3 +49,15 @@ def test_same_seed_and_swarm_give_the_same_losses_to_the_bit() -> None:
             return [trainer.train_step().loss for _ in range(10)]
 
     assert losses() == losses()
+
+
+def test_replicas_do_not_make_the_losses_a_matter_of_chance() -> None:
+    """Each replica learns from what reaches it alone: the same trainer has to keep to the same ones, run after run."""
+    run = small_run()
+
+    def losses() -> list[float]:
+        with remote_link(run, n_peers=2, replicas=2) as (link, _):
+            trainer = make_trainer(run, link)
+            return [trainer.train_step().loss for _ in range(10)]
+
+    assert losses() == losses()

@@ -199,6 +199,9 @@ def test_the_selection_bias_moves_choices_but_no_gate_and_no_loss_input() -> Non
     x_BSD = random_x(2, 8)
     bias_E = torch.tensor([0.0, 0.0, 100.0, 0.0, 0.0, 0.0])
     plain, biased = router(x_BSD), router(x_BSD, bias_E=bias_E)
+    assert int(plain.moved) == 0
+    plain_sets, biased_sets = ([set(ids) for ids in r.expert_ids_TK.tolist()] for r in (plain, biased))
+    assert int(biased.moved) == sum(len(b - p) for p, b in zip(plain_sets, biased_sets, strict=True)) > 0
     assert biased.load_E.tolist() == [0, 0, 16, 0, 0, 0]
     assert torch.equal(biased.probs_TE, plain.probs_TE)
     assert torch.equal(biased.logits_TE, plain.logits_TE)

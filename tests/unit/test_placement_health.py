@@ -1,4 +1,4 @@
-"""Health over generated histories of calls."""
+"""Health over generated histories of calls and probes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from moe_net.placement.health import (
     HealthEvent,
     HealthState,
     PeerGone,
+    ProbeFailed,
+    ProbeSucceeded,
     after_event,
     backoff_s,
     on_probation,
+    probe_due_s,
     usable,
 )
 
-CONFIG = HealthConfig(backoff_s=1.0, backoff_factor=2.0, max_backoff_s=8.0, probation_s=20.0)
+CONFIG = HealthConfig(failures_to_suspend=2, backoff_s=1.0, backoff_factor=2.0, max_backoff_s=8.0)
+LATE = CallFailed(peer_id="a", failure="late")
+BROKEN = CallFailed(peer_id="a", failure="unreachable")
 EVENTS = st.lists(
     st.tuples(
         st.floats(0, 30),
         st.sampled_from("ab"),
-        st.sampled_from(["ok", "late", "unreachable", "busy", "gone"]),
+        st.sampled_from(["ok", "late", "unreachable", "busy", "gone", "probe_ok", "probe_failed"]),
     ),
     max_size=40,
 )
@@ -36,75 +41,99 @@ def event_of(peer_id: str, what: str) -> HealthEvent:
             return CallSucceeded(peer_id=peer_id)
         case "gone":
             return PeerGone(peer_id=peer_id)
+        case "probe_ok":
+            return ProbeSucceeded(peer_id=peer_id)
+        case "probe_failed":
+            return ProbeFailed(peer_id=peer_id)
         case _:
             return CallFailed(peer_id=peer_id, failure=what)
 
 
 @given(history=EVENTS, needed=st.integers(1, 3))
-def test_in_every_history_success_heals_and_no_suspension_is_longer_than_the_limit(
+def test_in_every_history_only_a_probe_ends_a_suspension_and_one_is_always_due(
     history: list[tuple[float, str, str]], needed: int
 ) -> None:
-    config = HealthConfig(failures_to_suspend=needed, backoff_s=1.0, max_backoff_s=8.0, probation_s=20.0)
+    config = HealthConfig(failures_to_suspend=needed, backoff_s=1.0, max_backoff_s=8.0)
     state, now_s = HealthState(), 0.0
     for wait_s, peer_id, what in history:
         now_s += wait_s
         other = "b" if peer_id == "a" else "a"
-        was_usable, others = usable(state, peer_id, now_s, config), state.peers.get(other)
+        was_usable, others = usable(state, peer_id), state.peers.get(other)
         state = after_event(state, event_of(peer_id, what), now_s, config)
         assert state.peers.get(other) == others
-        if what in ("ok", "gone"):
-            assert peer_id not in state.peers
+        if not was_usable:
+            assert usable(state, peer_id) == (what in ("probe_ok", "gone"))
+        if what == "late":
+            assert not usable(state, peer_id)
         if what == "busy":
-            assert usable(state, peer_id, now_s, config) == was_usable
-        if what in ("late", "unreachable") and needed == 1:
-            assert not usable(state, peer_id, now_s, config)
-        assert usable(state, peer_id, now_s + config.max_backoff_s, config)
+            assert usable(state, peer_id) == was_usable
+        if not usable(state, peer_id):
+            due_s = probe_due_s(state, peer_id)
+            assert due_s is not None
+            assert due_s <= now_s + config.max_backoff_s
+        else:
+            assert probe_due_s(state, peer_id) is None
 
 
-def test_each_suspension_is_twice_as_long_up_to_the_limit() -> None:
-    state, now_s, lengths = HealthState(), 100.0, list[float]()
+def test_a_broken_connection_is_forgiven_once_and_a_late_call_is_not() -> None:
+    once = after_event(HealthState(), BROKEN, 0.0, CONFIG)
+    assert usable(once, "a")
+    assert usable(after_event(once, CallSucceeded(peer_id="a"), 0.0, CONFIG), "a")
+    assert not usable(after_event(once, BROKEN, 0.0, CONFIG), "a")
+    assert not usable(after_event(HealthState(), LATE, 0.0, CONFIG), "a")
+
+
+def test_each_failed_probe_doubles_the_wait_up_to_the_limit() -> None:
+    state, now_s, lengths = after_event(HealthState(), LATE, 100.0, CONFIG), 100.0, list[float]()
     for _ in range(6):
-        state = after_event(state, CallFailed(peer_id="a", failure="late"), now_s, CONFIG)
-        until_s = state.peers["a"].suspended_until_s
-        lengths.append(until_s - now_s)
-        assert not usable(state, "a", until_s - 0.001, CONFIG)
-        assert usable(state, "a", until_s, CONFIG)
-        assert on_probation(state, "a", until_s, CONFIG)
-        now_s = until_s
+        due_s = probe_due_s(state, "a")
+        assert due_s is not None
+        lengths.append(due_s - now_s)
+        now_s = due_s
+        state = after_event(state, ProbeFailed(peer_id="a"), now_s, CONFIG)
     assert lengths == [1, 2, 4, 8, 8, 8]
     assert backoff_s(10**6, CONFIG) == 8
 
 
+def test_who_answers_probes_but_no_calls_is_suspended_longer_each_time() -> None:
+    state, now_s, lengths = HealthState(), 0.0, list[float]()
+    for _ in range(4):
+        state = after_event(state, LATE, now_s, CONFIG)
+        due_s = probe_due_s(state, "a")
+        assert due_s is not None
+        lengths.append(due_s - now_s)
+        now_s = due_s
+        state = after_event(state, ProbeSucceeded(peer_id="a"), now_s, CONFIG)
+        assert usable(state, "a")
+        assert on_probation(state, "a", now_s)
+        # One answer in between is not the end of its probation.
+        state = after_event(state, CallSucceeded(peer_id="a"), now_s, CONFIG)
+    assert lengths == [1, 2, 4, 8]
+
+
+def test_probation_ends_after_as_long_as_the_suspension_was() -> None:
+    state = after_event(HealthState(), LATE, 0.0, CONFIG)
+    state = after_event(state, ProbeFailed(peer_id="a"), 1.0, CONFIG)
+    state = after_event(state, ProbeSucceeded(peer_id="a"), 3.0, CONFIG)
+    assert on_probation(state, "a", 4.9)
+    assert not on_probation(state, "a", 5.0)
+    assert after_event(state, CallSucceeded(peer_id="a"), 4.9, CONFIG).peers
+    assert not after_event(state, CallSucceeded(peer_id="a"), 5.0, CONFIG).peers
+    assert usable(after_event(state, BROKEN, 5.0, CONFIG), "a"), "it is fine again, and one break is forgiven"
+    assert not usable(after_event(state, BROKEN, 4.9, CONFIG), "a")
+
+
 def test_calls_that_fail_together_count_once() -> None:
-    state = HealthState()
+    state = after_event(HealthState(), LATE, 5.0, CONFIG)
     for _ in range(10):
-        state = after_event(state, CallFailed(peer_id="a", failure="unreachable"), 5.0, CONFIG)
-    assert state.peers["a"].suspended_until_s == 6.0
-
-
-def test_a_quiet_probation_ends_without_a_success() -> None:
-    state = after_event(HealthState(), CallFailed(peer_id="a"), 0.0, CONFIG)
-    state = after_event(state, CallFailed(peer_id="a"), 1.0, CONFIG)
-    assert state.peers["a"].suspended_until_s == 3.0
-    assert not on_probation(state, "a", 23.1, CONFIG)
-    state = after_event(state, CallFailed(peer_id="a"), 23.1, CONFIG)
-    assert state.peers["a"].suspended_until_s == pytest.approx(24.1)
-
-
-def test_a_tolerant_configuration_waits_for_failures_in_a_row() -> None:
-    config = HealthConfig(failures_to_suspend=3)
-    state = HealthState()
-    for failures in (1, 2):
-        state = after_event(state, CallFailed(peer_id="a", failure="late"), 0.0, config)
-        assert state.peers["a"].failures == failures
-        assert usable(state, "a", 0.0, config)
-        assert not on_probation(state, "a", 0.0, config)
-    assert not usable(after_event(state, CallFailed(peer_id="a"), 0.0, config), "a", 0.0, config)
+        assert after_event(state, LATE, 5.0, CONFIG) is state
+        assert after_event(state, CallSucceeded(peer_id="a"), 5.0, CONFIG) is state
 
 
 def test_what_changes_nothing_gives_the_same_state() -> None:
     state = HealthState()
     assert after_event(state, CallSucceeded(peer_id="a"), 0.0, CONFIG) is state
+    assert after_event(state, ProbeSucceeded(peer_id="a"), 0.0, CONFIG) is state
     assert after_event(state, CallFailed(peer_id="a", failure="inputs_gone"), 0.0, CONFIG) is state
 
 

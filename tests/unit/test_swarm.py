@@ -12,11 +12,14 @@ from swarms import small_run
 from moe_net.client import make_banks
 from moe_net.errors import DivergedError
 from moe_net.experts.host import ExpertHost
+from moe_net.placement.latency import LatencyConfig
 from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.local import LocalTransport
+from moe_net.rpc.outlook import CallKind
 from moe_net.rpc.policy import CallPolicy
 from moe_net.rpc.swarm import ExpertSwarm
+from moe_net.trace import FaultEvent
 from moe_net.types import PeerInfo
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitAnswer, CommitCall, ForwardAnswer, ForwardCall
 
@@ -37,49 +40,78 @@ class Faulty(LocalTransport):
         self.log: list[tuple[str, str, object]] = []
         self.fault: Fault = lambda method, peer: None
         self.lost_answer: Fault = lambda method, peer: None
+        self.stalled: dict[tuple[str, str], asyncio.Event] = {}
+        self.events: list[FaultEvent] = []
+        self.busy_s = 0.0
+
+    async def _stall(self, method: str, peer: PeerInfo) -> None:
+        if (method, peer.peer_id) in self.stalled:
+            await self.stalled[method, peer.peer_id].wait()
+
+    def asked(self, method: str) -> list[str]:
+        return [peer for name, peer, _ in self.log if name == method]
+
+    def happened(self) -> list[tuple[str, str]]:
+        return [(event.what, event.action) for event in self.events]
 
     def _check(self, fault: Fault, method: str, peer: PeerInfo) -> None:
         failure = fault(method, peer.peer_id)
         if failure is not None:
-            raise CallError(failure, peer.peer_id, "injected")
+            raise CallError(failure, peer.peer_id, "injected", queue_s=self.busy_s)
 
     async def forward(self, peer: PeerInfo, call: ForwardCall, *, timeout_s: float) -> ForwardAnswer:
         self.log.append(("forward", peer.peer_id, call))
+        await self._stall("forward", peer)
         self._check(self.fault, "forward", peer)
         return await super().forward(peer, call, timeout_s=timeout_s)
 
     async def backward(self, peer: PeerInfo, call: BackwardCall, *, timeout_s: float) -> BackwardAnswer:
         self.log.append(("backward", peer.peer_id, call))
+        await self._stall("backward", peer)
         self._check(self.fault, "backward", peer)
         answer = await super().backward(peer, call, timeout_s=timeout_s)
         self._check(self.lost_answer, "backward", peer)
         return answer
 
     async def commit(self, peer: PeerInfo, call: CommitCall, *, timeout_s: float) -> CommitAnswer:
-        self.log.append(("commit", peer.peer_id, call.step))
+        self.log.append(("commit", peer.peer_id, call))
         self._check(self.fault, "commit", peer)
         return await super().commit(peer, call, timeout_s=timeout_s)
 
+    async def ping(self, peer: PeerInfo, *, timeout_s: float) -> None:
+        self.log.append(("ping", peer.peer_id, None))
+        self._check(self.fault, "ping", peer)
+
 
 class Clock:
+    """Time passes only where somebody sleeps on it."""
+
     now_s = 100.0
 
     def __call__(self) -> float:
         return self.now_s
 
+    async def sleep(self, wait_s: float) -> None:
+        self.now_s += wait_s
+        await asyncio.sleep(0)
 
-def swarm_of(replicas: int, *, cache_bytes: int = 2**20) -> tuple[ExpertSwarm, Faulty, dict[str, ExpertHost], Clock]:
+
+Swarm = tuple[ExpertSwarm, Faulty, dict[str, ExpertHost], Clock]
+
+
+def swarm_of(replicas: int, *, cache_bytes: int = 2**20, **policy: float) -> Swarm:
     """Peers p0, p1, ..: each hosts the whole layer."""
     peers = [PeerInfo(peer_id=f"p{i}", address="", experts=EXPERTS) for i in range(replicas)]
     hosts = {p.peer_id: ExpertHost(make_banks(RUN, EXPERTS), cache_bytes=cache_bytes) for p in peers}
     transport, view, clock = Faulty(hosts), View(peers), Clock()
-    policy = CallPolicy(attempts=3, retry_pause_s=1e-6)
-    return (
-        ExpertSwarm(trainer="t", transport=transport, view=lambda: view, policy=policy, clock_s=clock),
-        transport,
-        hosts,
-        clock,
-    )
+    limits = CallPolicy(attempts=3, retry_pause_s=1e-6, **policy)  # type: ignore[arg-type]
+    events: list[FaultEvent] = []
+    swarm = ExpertSwarm(
+        trainer="t", transport=transport, view=lambda: view, policy=limits, clock_s=clock, sleep=clock.sleep,
+        latency=LatencyConfig(min_samples=2), on_event=events.append,
+    )  # fmt: skip
+    transport.events = events
+    return swarm, transport, hosts, clock
 
 
 async def forward(swarm: ExpertSwarm, step: int = 0):
@@ -120,14 +152,14 @@ async def test_forward_without_any_replica_drops_the_pairs_and_says_so() -> None
 
 async def test_a_backward_whose_answer_was_lost_counts_once() -> None:
     outcomes = []
-    for lose in (0, 1, 2):
+    for lose in (0, 1):
         swarm, transport, hosts, _ = swarm_of(1)
         result = await forward(swarm)
         left = [lose]
 
         def lost(method: str, peer: str, left: list[int] = left) -> CallFailure | None:
             left[0] -= 1
-            return CallFailure.LATE if left[0] >= 0 else None
+            return CallFailure.UNREACHABLE if left[0] >= 0 else None
 
         transport.lost_answer = lost
         dx_TD, dgate = await swarm.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
@@ -153,23 +185,184 @@ async def test_backward_sends_the_inputs_when_the_server_has_lost_them() -> None
     assert small.stats.lost_gradient_pairs == 0
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the other tasks run until it holds; time here is the Clock's, so a bounded number of turns is enough."""
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never held")
+
+
+async def settle(swarm: ExpertSwarm, peer_id: str) -> None:
+    """Until the peer gets rows again."""
+    await until(lambda: peer_id in swarm.view().peers)
+
+
+def committed(transport: Faulty) -> list[tuple[str, int]]:
+    return [(peer, call.step) for method, peer, call in transport.log if method == "commit"]  # type: ignore[attr-defined]
+
+
 async def test_commits_reach_a_peer_in_order_and_rows_do_not_overtake_them() -> None:
-    swarm, transport, hosts, clock = swarm_of(1)
+    swarm, transport, hosts, _ = swarm_of(1)
     await forward(swarm)
-    transport.fault = lambda method, peer: CallFailure.UNREACHABLE if method == "commit" else None
+    transport.fault = lambda method, peer: CallFailure.LATE if method in ("commit", "ping") else None
     await swarm.commit(0, 64)
     assert hosts["p0"].committed_tokens == 0
-    clock.now_s += 1000  # No suspension lasts so long; only the missed commit keeps the peer out.
     assert not swarm.view().peers
     assert not swarm.live(0, 6).any()
     result = await forward(swarm, step=1)
     assert not result.answered_TK.any(), "rows of step 1 overtook the commit of step 0"
-    transport.fault = lambda method, peer: None
-    transport.log.clear()
     await swarm.commit(1, 64)
-    assert transport.log == [("commit", "p0", 0), ("commit", "p0", 1)]
+    transport.log.clear()
+    transport.fault = lambda method, peer: None
+    await settle(swarm, "p0")
+    assert committed(transport) == [("p0", 0), ("p0", 1)]
     assert set(hosts["p0"].versions[0].values()) == {2}
     assert swarm.live(0, 6).all()
+    await swarm.close()
+
+
+async def test_a_step_never_waits_for_a_suspended_peer_and_a_probe_brings_it_back() -> None:
+    swarm, transport, _, clock = swarm_of(2)
+    await forward(swarm)
+    favourite = transport.asked("forward")[0]
+    other = "p1" if favourite == "p0" else "p0"
+    down = True
+    transport.fault = lambda method, peer: CallFailure.LATE if down and peer == favourite else None
+    assert (await forward(swarm)).answered_TK.all()
+    transport.log.clear()
+    for step in range(3):
+        result = await forward(swarm, step)
+        await swarm.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
+        await swarm.commit(step, 64)
+    assert {peer for method, peer, _ in transport.log if method != "ping"} == {other}
+    down = False
+    await settle(swarm, favourite)
+    assert clock.now_s > 100.4, "it was asked before its backoff was over"
+    assert [step for peer, step in committed(transport) if peer == favourite] == [0, 1, 2]
+    assert ("peer_back", "unmasked") in transport.happened()
+    await swarm.close()
+
+
+async def test_a_full_queue_is_waited_for_when_nobody_else_has_the_experts() -> None:
+    swarm, transport, _, _ = swarm_of(1)
+    left = [2]
+
+    def busy(method: str, peer: str) -> CallFailure | None:
+        left[0] -= 1
+        return CallFailure.BUSY if left[0] >= 0 else None
+
+    transport.fault = busy
+    assert (await forward(swarm)).answered_TK.all()
+    assert (swarm.stats.dropped_pairs, swarm.stats.retries) == (0, 2)
+
+
+async def test_a_full_queue_sends_the_load_elsewhere_at_once() -> None:
+    swarm, transport, _, clock = swarm_of(2)
+    await forward(swarm)
+    favourite = transport.asked("forward")[0]
+    other = "p1" if favourite == "p0" else "p0"
+    transport.busy_s = 3.0
+    transport.fault = lambda method, peer: CallFailure.BUSY if peer == favourite else None
+    transport.log.clear()
+    await forward(swarm)
+    await forward(swarm)
+    assert transport.asked("forward") == [favourite, other, other], "asked again while its queue is full"
+    clock.now_s += 3.1
+    transport.fault = lambda method, peer: None
+    await forward(swarm)
+    assert transport.asked("forward")[-1] == favourite
+
+
+async def test_a_hedge_wins_when_the_primary_stalls() -> None:
+    quiet, _, _, _ = swarm_of(1)
+    expected = await forward(quiet)
+    swarm, transport, _, _ = swarm_of(2)
+    for _ in range(3):
+        await forward(swarm)
+    favourite = transport.asked("forward")[0]
+    transport.stalled["forward", favourite] = asyncio.Event()
+    result = await forward(swarm)
+    assert torch.equal(result.y_TD, expected.y_TD)
+    assert [one.peer.peer_id for one in result.answered] == ["p1" if favourite == "p0" else "p0"]
+    assert (swarm.stats.hedges, swarm.stats.hedges_won, swarm.stats.dropped_pairs) == (1, 1, 0)
+    assert ("forward_overdue", "hedge_won") in transport.happened()
+    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+    assert favourite in swarm.view().peers, "late is not failed"
+
+
+async def test_hedges_stay_within_their_share_of_the_calls() -> None:
+    swarm, transport, _, _ = swarm_of(2, hedge_fraction=0.05, hedge_burst=2.0)
+    for _ in range(3):
+        await forward(swarm)
+    favourite = transport.asked("forward")[0]
+    transport.stalled["forward", favourite] = asyncio.Event()
+    for _ in range(2):
+        await forward(swarm)
+    third = asyncio.create_task(forward(swarm))
+    await until(lambda: len(transport.asked("forward")) == 8)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert not third.done(), "the third late call was hedged beyond the cap"
+    transport.stalled["forward", favourite].set()
+    assert (await third).answered_TK.all()
+    assert swarm.stats.hedges == 2
+
+
+async def test_a_backward_that_fails_goes_to_the_replica_with_its_inputs_and_is_voided_where_it_failed() -> None:
+    quiet, _, _, _ = swarm_of(1)
+    result = await forward(quiet)
+    expected = await quiet.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
+    swarm, transport, _, _ = swarm_of(2)
+    result = await forward(swarm)
+    (one,) = result.answered
+    favourite, other = one.peer.peer_id, "p1" if one.peer.peer_id == "p0" else "p0"
+    transport.lost_answer = lambda method, peer: CallFailure.LATE if peer == favourite else None
+    got = await swarm.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    sent = [(peer, call.rows is None) for method, peer, call in transport.log if method == "backward"]
+    assert sent == [(favourite, True), (other, False)]
+    assert (swarm.stats.lost_gradient_pairs, swarm.stats.failovers) == (0, 1)
+    transport.lost_answer = lambda method, peer: None
+    await swarm.commit(0, 64)
+    await settle(swarm, favourite)
+    voided = {peer: call.void for method, peer, call in transport.log if method == "commit"}
+    assert voided == {favourite: (one.call.call_id,), other: ()}
+    await swarm.close()
+
+
+async def test_of_a_hedged_backward_only_the_used_answer_counts() -> None:
+    swarm, transport, _, _ = swarm_of(2)
+    for _ in range(3):
+        result = await forward(swarm)
+        await swarm.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
+    result = await forward(swarm)
+    (one,) = result.answered
+    favourite = one.peer.peer_id
+    transport.stalled["backward", favourite] = asyncio.Event()
+    dx_TD, _ = await swarm.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
+    assert dx_TD.any()
+    assert (swarm.stats.hedges, swarm.stats.hedges_won) == (1, 1)
+    await swarm.commit(0, 64)
+    voided = {peer: call.void for method, peer, call in transport.log if method == "commit"}
+    assert voided.pop(favourite) == (one.call.call_id,)
+    assert list(voided.values()) == [()]
+
+
+async def test_a_gradient_that_nobody_acknowledged_is_voided_and_counted_as_lost() -> None:
+    swarm, transport, _, _ = swarm_of(1)
+    result = await forward(swarm)
+    transport.lost_answer = lambda method, peer: CallFailure.LATE
+    dx_TD, dgate = await swarm.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
+    assert not dx_TD.any()
+    assert not dgate.any()
+    assert swarm.stats.lost_gradient_pairs == IDS_TK.numel()
+    await swarm.commit(0, 64)
+    await settle(swarm, "p0")
+    (commit,) = [call for method, _, call in transport.log if method == "commit"]
+    assert commit.void == (result.answered[0].call.call_id,)  # type: ignore[attr-defined]
+    await swarm.close()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -202,3 +395,19 @@ async def test_a_cancelled_step_leaves_nothing_running() -> None:
     await asyncio.wait([work])
     assert work.cancelled()
     assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
+async def test_an_expert_on_a_slow_server_loses_within_the_bound_and_only_when_asked_for() -> None:
+    experts = {"p0": EXPERTS[:3], "p1": EXPERTS[3:]}
+    view = View(PeerInfo(peer_id=p, address="", experts=e) for p, e in experts.items())
+    clock = Clock()
+    transport = Faulty({p: ExpertHost(make_banks(RUN, e)) for p, e in experts.items()})
+    swarm = ExpertSwarm(
+        trainer="t", transport=transport, view=lambda: view, clock_s=clock, latency=LatencyConfig(min_samples=1)
+    )
+    for peer_id, took_s in {"p0": 0.1, "p1": 1.6}.items():
+        swarm.outlook.answered(peer_id, CallKind.FORWARD, 4, took_s)
+    assert swarm.latency_bias(0, 6, bound=0.0) is None
+    bias_E = swarm.latency_bias(0, 6, bound=0.5)
+    assert bias_E is not None
+    assert bias_E.tolist() == [0.0, 0.0, 0.0, -0.5, -0.5, -0.5]

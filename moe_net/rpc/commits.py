@@ -1,0 +1,121 @@
+"""Commits, and the way back of peers that were away: both off the path of a step (design, D6; invariant 6).
+
+A step waits for the commits of peers that answer, never for one that is suspended. Those are asked in the background,
+each by a task of its own: once its backoff is over a probe, or first of all the commits it has missed, in order. When
+it has heard of them all it gets rows again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from moe_net.placement.health import ProbeFailed, ProbeSucceeded
+from moe_net.placement.view import View
+from moe_net.rpc.base import CallFailure, Failed
+from moe_net.rpc.caller import Caller
+from moe_net.rpc.ledger import Ledger
+from moe_net.rpc.outlook import CallKind
+from moe_net.rpc.policy import CallPolicy, Move, after_commit, pause_s
+from moe_net.trace import FaultEvent
+from moe_net.types import PeerInfo
+
+Sleep = Callable[[float], Awaitable[None]]
+
+
+class Commits:
+    """Owned by one swarm, used on its loop; `close` ends its tasks."""
+
+    def __init__(
+        self, caller: Caller, ledger: Ledger, directory: Callable[[], View], policy: CallPolicy, sleep: Sleep
+    ) -> None:
+        """`directory`: the latest snapshot, whoever is suspended."""
+        self._caller = caller
+        self._ledger = ledger
+        self._directory = directory
+        self._policy = policy
+        self._sleep = sleep
+        self._recovering: dict[str, asyncio.Task[None]] = {}
+
+    async def commit(self, step: int, tokens: int) -> None:
+        """Tell every peer that this step's gradients are complete. Returns when those that answer have answered."""
+        known = self._directory().peers
+        concerned = self._ledger.close_step(step, tokens, list(known.values()))
+        usable = [peer for peer_id, peer in concerned.items() if self._caller.outlook.usable(peer_id)]
+        # Who is on its way back already hears of this step there.
+        await asyncio.gather(*(self._say(peer) for peer in usable if peer.peer_id not in self._recovering))
+        self._caller.outlook.forget(concerned.keys())
+        for peer_id in concerned:
+            if peer_id in self._ledger.owing and peer_id in known:
+                self.recover(peer_id)
+
+    def recover(self, peer_id: str) -> None:
+        """See to it that this peer is asked until it is back."""
+        if peer_id not in self._recovering:
+            task = asyncio.create_task(self._recover(peer_id), name=f"recover {peer_id[:8]}")
+            self._recovering[peer_id] = task
+
+    async def close(self) -> None:
+        """Ask nobody any more."""
+        tasks = list(self._recovering.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _say(self, peer: PeerInfo) -> bool:
+        """The commits that the peer has not heard of, in order; whether it knows all now."""
+        deadline_s = self._caller.now_s() + self._policy.commit_timeout_s
+        outlook, attempt = self._caller.outlook, 0
+        while (commit := self._ledger.next_commit(peer.peer_id)) is not None:
+            attempt += 1
+            self._caller.stats.retries += attempt > 1
+            timeout_s = min(outlook.late_after_s(peer.peer_id, CallKind.COMMIT, 1), deadline_s - self._caller.now_s())
+            answer = await self._caller.commit(peer, commit, timeout_s=max(0.001, timeout_s))
+            if not isinstance(answer, Failed):
+                self._ledger.heard(peer.peer_id, commit)
+                attempt = 0
+                continue
+            if answer.error.failure is CallFailure.REFUSED:
+                self._ledger.heard(peer.peer_id, commit)  # It would be refused again for ever.
+            outlook.blame(peer, CallKind.COMMIT, 1, answer)
+            left_s = deadline_s - self._caller.now_s()
+            usable = outlook.usable(peer.peer_id)
+            move = after_commit(
+                answer.error.failure, attempt=attempt, left_s=left_s, policy=self._policy, usable=usable
+            )
+            outlook.report(peer, CallKind.COMMIT, answer, action=move.value)
+            if move is Move.GIVE_UP:
+                return False
+            queue_s = answer.error.queue_s
+            await self._sleep(pause_s(attempt=attempt, left_s=left_s, policy=self._policy, queue_s=queue_s))
+        return True
+
+    async def _recover(self, peer_id: str) -> None:
+        try:
+            await self._ask_until_back(peer_id)
+        finally:
+            # Here and not in a callback of the task, which would come a turn of the loop too late: a commit in between
+            # would leave the peer to a recovery that is over.
+            del self._recovering[peer_id]
+
+    async def _ask_until_back(self, peer_id: str) -> None:
+        outlook, began_s, tries = self._caller.outlook, self._caller.now_s(), 0
+        while True:
+            tries += 1
+            due_s = outlook.probe_due_s(peer_id)
+            pause = self._policy.retry_pause_s * 2 ** min(tries - 1, 8)
+            await self._sleep(pause if due_s is None else max(0.0, due_s - self._caller.now_s()))
+            peer = self._directory().peers.get(peer_id)
+            if peer is None:
+                return  # it has left; should it come back, the next commit sees what it owes
+            timeout_s = outlook.late_after_s(peer_id, CallKind.COMMIT, 1)
+            answers = await self._caller.ping(peer, timeout_s=timeout_s)
+            if not answers or not await self._say(peer):
+                outlook.note(ProbeFailed(peer_id=peer_id))
+                continue
+            if self._ledger.next_commit(peer_id) is None:
+                outlook.note(ProbeSucceeded(peer_id=peer_id))
+                away_s = self._caller.now_s() - began_s
+                outlook.event(FaultEvent(what="peer_back", peer=peer_id, action="unmasked", cost_s=away_s))
+                return

@@ -1,6 +1,7 @@
 """Commits, and the way back of peers that were away: both off the path of a step (design, D6; invariant 6).
 
-A step waits for the commits of peers that answer, never for one that is suspended. Those are asked in the background,
+A step waits for the commits of peers that answer; not for one that is overdue while replicas of all its experts have
+answered, and never for one that is suspended. Those are asked in the background,
 each by a task of its own: once its backoff is over a probe, or first of all the commits it has missed, in order. When
 it has heard of them all it gets rows again.
 """
@@ -8,7 +9,8 @@ it has heard of them all it gets rows again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from typing import Any
 
 from moe_net.placement.health import ProbeFailed, ProbeSucceeded
 from moe_net.placement.view import View
@@ -35,7 +37,9 @@ class Commits:
         self._directory = directory
         self._policy = policy
         self._sleep = sleep
-        self._recovering: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._saying: set[str] = set()
+        self._recovering: set[str] = set()
 
     async def commit(self, step: int, tokens: int) -> None:
         """Tell every peer that this step's gradients are complete. Returns when those that answer have answered."""
@@ -43,21 +47,71 @@ class Commits:
         concerned = self._ledger.close_step(step, tokens, list(known.values()))
         usable = [peer for peer_id, peer in concerned.items() if self._caller.outlook.usable(peer_id)]
         # Who is on its way back already hears of this step there.
-        await asyncio.gather(*(self._say(peer) for peer in usable if peer.peer_id not in self._recovering))
+        saying = {
+            peer.peer_id: self._spawn(self._say_or_recover(peer), f"commit {step} {peer.peer_id[:8]}")
+            for peer in usable
+            if peer.peer_id not in self._recovering and peer.peer_id not in self._saying
+        }
+        self._saying |= saying.keys()
+        await self._heard_enough(saying)
         self._caller.outlook.forget(concerned.keys())
         for peer_id in concerned:
-            if peer_id in self._ledger.owing and peer_id in known:
+            if peer_id in self._ledger.owing and peer_id in known and peer_id not in self._saying:
                 self.recover(peer_id)
+
+    async def _heard_enough(self, saying: Mapping[str, asyncio.Task[None]]) -> None:
+        """Wait for all; but not for one that is overdue while others that have heard host the same experts: it goes on
+        hearing of the step in the background, and gets rows again when it has."""
+        started_s = self._caller.now_s()
+        try:
+            while left := {p: task for p, task in saying.items() if not task.done()}:
+                covered = self._covered(left.keys())
+                overdue_s = [self._caller.outlook.overdue_after_s(p, CallKind.COMMIT, 1) for p in covered]
+                if len(covered) == len(left) and all(s is not None for s in overdue_s):
+                    left_s = max(s for s in overdue_s if s is not None) - (self._caller.now_s() - started_s)
+                    if left_s <= 0:
+                        return
+                    await asyncio.wait(left.values(), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                else:
+                    await asyncio.wait(left.values(), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            for task in saying.values():
+                task.cancel()
+            raise
+        for task in saying.values():
+            task.result()
+
+    def _covered(self, peer_ids: Collection[str]) -> list[str]:
+        """Those of these peers whose experts all have a replica that may be called and is none of them."""
+        view = self._caller.outlook.filtered(self._directory(), self._ledger.owing)
+        peers = self._directory().peers
+        return [p for p in peer_ids if p in peers and all(view.replicas(expert) for expert in peers[p].experts)]
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _say_or_recover(self, peer: PeerInfo) -> None:
+        try:
+            heard = await self._say(peer)
+        finally:
+            # Here and not in a callback of the task, which comes a turn of the loop too late: a commit in between would
+            # leave the peer to a task that is over.
+            self._saying.discard(peer.peer_id)
+        if not heard and peer.peer_id in self._directory().peers:
+            self.recover(peer.peer_id)
 
     def recover(self, peer_id: str) -> None:
         """See to it that this peer is asked until it is back."""
         if peer_id not in self._recovering:
-            task = asyncio.create_task(self._recover(peer_id), name=f"recover {peer_id[:8]}")
-            self._recovering[peer_id] = task
+            self._recovering.add(peer_id)
+            self._spawn(self._recover(peer_id), f"recover {peer_id[:8]}")
 
     async def close(self) -> None:
         """Ask nobody any more."""
-        tasks = list(self._recovering.values())
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         if tasks:
@@ -95,9 +149,7 @@ class Commits:
         try:
             await self._ask_until_back(peer_id)
         finally:
-            # Here and not in a callback of the task, which would come a turn of the loop too late: a commit in between
-            # would leave the peer to a recovery that is over.
-            del self._recovering[peer_id]
+            self._recovering.discard(peer_id)
 
     async def _ask_until_back(self, peer_id: str) -> None:
         outlook, began_s, tries = self._caller.outlook, self._caller.now_s(), 0

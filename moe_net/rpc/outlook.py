@@ -138,8 +138,10 @@ class Outlook:
         return deadline_s
 
     def overdue_after_s(self, peer_id: str, kind: CallKind, rows: int) -> float | None:
-        """When to ask another replica besides; None: never (too little is known, or the extra load is at its cap)."""
-        if not self._budgets[kind].allows:
+        """When not to wait any longer without asking another replica; None: never (too little is known, or the extra
+        load is at its cap)."""
+        budget = self._budgets.get(kind)
+        if budget is not None and not budget.allows:
             return None
         return overdue_after_s(self._latency.track(peer_id, kind), rows, self._latency_config)
 

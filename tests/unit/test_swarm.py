@@ -75,6 +75,7 @@ class Faulty(LocalTransport):
 
     async def commit(self, peer: PeerInfo, call: CommitCall, *, timeout_s: float) -> CommitAnswer:
         self.log.append(("commit", peer.peer_id, call))
+        await self._stall("commit", peer)
         self._check(self.fault, "commit", peer)
         return await super().commit(peer, call, timeout_s=timeout_s)
 
@@ -411,3 +412,34 @@ async def test_an_expert_on_a_slow_server_loses_within_the_bound_and_only_when_a
     bias_E = swarm.latency_bias(0, 6, bound=0.5)
     assert bias_E is not None
     assert bias_E.tolist() == [0.0, 0.0, 0.0, -0.5, -0.5, -0.5]
+
+
+async def test_a_step_does_not_wait_for_an_overdue_commit_while_a_replica_has_heard() -> None:
+    swarm, transport, _, _ = swarm_of(2)
+    for step in range(3):
+        await swarm.commit(step, 64)
+    stall = transport.stalled["commit", "p0"] = asyncio.Event()
+    await swarm.commit(3, 64)
+    assert set(swarm.view().peers) == {"p1"}, "who has not heard of the step gets no rows"
+    await swarm.commit(4, 64)
+    assert committed(transport)[-1] == ("p1", 4)
+    stall.set()
+    await settle(swarm, "p0")
+    assert [step for peer, step in committed(transport) if peer == "p0"] == [0, 1, 2, 3, 4]
+    assert swarm.live(0, 6).all()
+    await swarm.close()
+
+
+async def test_a_step_waits_for_a_commit_that_only_one_peer_can_take() -> None:
+    swarm, transport, _, _ = swarm_of(1)
+    for step in range(3):
+        await swarm.commit(step, 64)
+    stall = transport.stalled["commit", "p0"] = asyncio.Event()
+    work = asyncio.create_task(swarm.commit(3, 64))
+    await until(lambda: len(committed(transport)) == 4)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert not work.done()
+    stall.set()
+    await work
+    assert swarm.live(0, 6).all()

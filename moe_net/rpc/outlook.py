@@ -47,6 +47,8 @@ class CallKind(StrEnum):
 
 SLOW_FACTOR = 4.0
 """A peer with this many times the typical latency is spared where another replica can serve."""
+SILENCE_S = 120.0
+"""A peer that the directory lists no more counts as there for so long after its last answer; commits ask every step."""
 RECHECK_FACTOR = 64
 """It is tried again once its last sample is this many of its own latencies old: that costs at most 1/64 of the time."""
 
@@ -73,6 +75,7 @@ class Outlook:
         self._latency_config = latency or LatencyConfig()
         self._latency = LatencyState()
         self._busy_until_s: dict[str, float] = {}
+        self._answered_s: dict[str, float] = {}
         self._on_suspended = on_suspended
         self._budgets = {
             kind: HedgeBudget(fraction=policy.hedge_fraction, burst=policy.hedge_burst)
@@ -85,6 +88,10 @@ class Outlook:
 
     def usable(self, peer_id: str) -> bool:
         return usable(self._health, peer_id)
+
+    def alive(self, peer_id: str) -> bool:
+        """Whether it answers our calls: usable, and its last answer is not long ago."""
+        return self.usable(peer_id) and self.clock_s() < self._answered_s.get(peer_id, float("-inf")) + SILENCE_S
 
     def probe_due_s(self, peer_id: str) -> float | None:
         """When to ask a suspended peer whether it is back; None for one that is usable."""
@@ -120,6 +127,7 @@ class Outlook:
         for peer_id in {p for p, _ in self._latency.tracks} - set(known):
             self._latency = without_peer(self._latency, peer_id)
         self._busy_until_s = {p: s for p, s in self._busy_until_s.items() if p in known}
+        self._answered_s = {p: s for p, s in self._answered_s.items() if p in known}
 
     # How long to wait -------------------------------------------------------------------------------------
 
@@ -167,6 +175,7 @@ class Outlook:
         """A call was answered after `total_s`."""
         self.note(CallSucceeded(peer_id=peer_id))
         self._busy_until_s.pop(peer_id, None)
+        self._answered_s[peer_id] = self.clock_s()
         self._sample(
             peer_id, kind, Sample(total_s=total_s, rows=rows, queue_s=queue_us / 1e6, compute_s=compute_us / 1e6)
         )

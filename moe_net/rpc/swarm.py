@@ -31,6 +31,7 @@ from moe_net.rpc.forward import Answered, ForwardPass, LayerResult
 from moe_net.rpc.ledger import Ledger
 from moe_net.rpc.outlook import Outlook
 from moe_net.rpc.policy import CallPolicy
+from moe_net.rpc.roster import Roster
 from moe_net.trace import EventSink, FaultEvent, ignore
 from moe_net.types import Encoding, ExpertId
 from moe_net.wire.validate import check_finite
@@ -69,7 +70,6 @@ class ExpertSwarm:
         # Without the suffix: the same trainer prefers the same replicas, run after run.
         self._salt = trainer
         self._transport = transport
-        self._directory = view
         self._clock_s = clock_s
         self._on_event = on_event
         policy = policy or CallPolicy()
@@ -78,8 +78,9 @@ class ExpertSwarm:
             on_suspended=lambda peer_id: self._commits.recover(peer_id),
         )  # fmt: skip
         self._ledger = Ledger(self.trainer)
+        self._roster = Roster(view, self.outlook.alive, on_event)
         self._caller = Caller(trainer=self.trainer, transport=transport, outlook=self.outlook, encoding=encoding)
-        self._commits = Commits(self._caller, self._ledger, view, policy, sleep)
+        self._commits = Commits(self._caller, self._ledger, self._roster.view, policy, sleep)
 
     @property
     def stats(self) -> SwarmStats:
@@ -87,7 +88,7 @@ class ExpertSwarm:
 
     def view(self) -> View:
         """The latest snapshot without the peers that are suspended just now, or that have missed a commit."""
-        return self.outlook.filtered(self._directory(), self._ledger.owing)
+        return self.outlook.filtered(self._roster.view(), self._ledger.owing)
 
     def live(self, layer: int, n_experts: int) -> Tensor:
         """bool [E]: the experts of a layer that have a usable replica (for masking before top-k)."""

@@ -443,3 +443,25 @@ async def test_a_step_waits_for_a_commit_that_only_one_peer_can_take() -> None:
     stall.set()
     await work
     assert swarm.live(0, 6).all()
+
+
+async def test_a_peer_that_answers_stays_when_the_directory_has_lost_it_and_goes_when_it_fails() -> None:
+    peers = [PeerInfo(peer_id=f"p{i}", address="", experts=EXPERTS) for i in range(2)]
+    directory = [View(peers)]
+    transport, clock = Faulty({p.peer_id: ExpertHost(make_banks(RUN, EXPERTS)) for p in peers}), Clock()
+    events: list[FaultEvent] = []
+    swarm = ExpertSwarm(
+        trainer="t", transport=transport, view=lambda: directory[0], clock_s=clock, sleep=clock.sleep,
+        on_event=events.append,
+    )  # fmt: skip
+    await swarm.commit(0, 64)
+    directory[0] = View()
+    assert set(swarm.view().peers) == {"p0", "p1"}
+    assert [(e.what, e.peer) for e in events] == [("peer_unlisted", "p0"), ("peer_unlisted", "p1")]
+    transport.fault = lambda method, peer: CallFailure.LATE if peer == "p0" else None
+    await swarm.commit(1, 64)
+    assert set(swarm.view().peers) == {"p1"}
+    assert (await forward(swarm, 2)).answered_TK.all()
+    clock.now_s += 1000
+    assert not swarm.view().peers, "nobody has heard of it for a quarter of an hour"
+    await swarm.close()

@@ -141,6 +141,30 @@ def test_the_last_of_several_tensors_counts_and_sizes_are_merged() -> None:
     assert_same(decode(data, ForwardCall), call)
 
 
+TENSORS = [(message, codec.LAST_DATA) for message in make_messages(3, 4, Encoding.FP32, 5)[:5]]
+TENSORS.append((TENSORS[3][0], codec.BACKWARD_X_DATA))
+
+
+@pytest.mark.parametrize(("message", "number"), TENSORS)
+@pytest.mark.parametrize("junk", ["the tensor before", "an unknown field", "padding"])
+def test_a_small_tensor_does_not_keep_a_large_message_alive(message: Any, number: int, junk: str) -> None:
+    """44 bytes that are kept and counted must not hold megabytes that are not."""
+    field = block({"the tensor before": number, "an unknown field": 127, "padding": framing.PADDING}[junk], bytes(9000))
+    whole = bytearray(field + encode(message))
+    assert_same(got := decode(memoryview(whole), type(message)), message)
+    whole.clear()  # BufferError while anything looks at it
+    assert_same(got, message)
+
+
+def test_what_is_half_of_its_message_or_more_is_not_copied() -> None:
+    message = make_messages(64, 4, Encoding.FP32, 5)[1]
+    whole = bytearray(encode(message))
+    got = decode(memoryview(whole), type(message))
+    with pytest.raises(BufferError):
+        whole.clear()
+    assert_same(got, message)
+
+
 def test_a_memoryview_is_as_good_as_bytes() -> None:
     for message in make_messages(2, 3, Encoding.BF16, 1):
         data = memoryview(b"xx" + encode(message) + b"yy")[2:-2]

@@ -289,6 +289,12 @@ def decode_commit_call(data: bytes | memoryview, limits: Limits | None = None) -
     )
 
 
+def decode_fetch_call(data: bytes | memoryview, limits: Limits | None = None) -> tuple[int, tuple[int, ...]]:
+    """(layer, expert indices) of a FetchRequest, each index once and ascending; at most 256 KiB are looked at."""
+    message, _ = take_apart(expert_pb2.FetchRequest, data, limits or Limits(), arrays=(), tensors=())
+    return message.layer, tuple(sorted(set(message.expert_index)))
+
+
 def decode_commit_answer(data: bytes | memoryview, limits: Limits | None = None) -> CommitAnswer:
     """A CommitReply."""
     message, _ = take_apart(expert_pb2.CommitReply, data, limits or Limits(), arrays=(), tensors=())

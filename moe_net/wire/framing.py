@@ -183,7 +183,8 @@ def _take_apart_stock(
     kind: type[MessageT], view: memoryview, limits: Limits, arrays: Sequence[int], tensors: Sequence[int]
 ) -> tuple[MessageT, dict[int, memoryview]]:
     """The same by protobuf alone, with its copies: for messages with groups or of very many fields."""
-    largest = max(MAX_HEADER_BYTES, limits.max_message_bytes // STOCK_GROWTH)
+    # Without arrays and tensors all of it is header.
+    largest = max(MAX_HEADER_BYTES, limits.max_message_bytes // STOCK_GROWTH if arrays or tensors else 0)
     if view.nbytes > largest:
         raise LimitError(
             f"{kind.__name__}: {view.nbytes} bytes with groups or more than {MAX_WALKED_FIELDS} fields, "

@@ -25,7 +25,6 @@ from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -216,15 +215,12 @@ class ExpertServer:
 
     async def _fetch(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
         async with _answering(context, "Fetch"):
-            try:
-                request = expert_pb2.FetchRequest.FromString(raw)
-            except DecodeError as error:
-                raise WireError(f"not a FetchRequest: {error}") from error
             if self._fetches >= MAX_FETCHES:
                 raise BusyError(f"{self._fetches} fetches are on their way, at most {MAX_FETCHES} may be")
+            layer, indices = codec.decode_fetch_call(raw, self._limits)
             self._fetches += 1
             try:
-                state = await self._device.run(self._host.fetch, request.layer, list(request.expert_index))
+                state = await self._device.run(self._host.fetch, layer, indices)
                 data, digest = await asyncio.to_thread(_pack, state, self._run.name, self._host)
                 del state
                 for start in range(0, len(data), CHUNK_BYTES):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from wire_calls import varint
 
 from moe_net.client import make_banks
 from moe_net.config import RunConfig
@@ -378,6 +379,18 @@ async def test_fetch_streams_one_safetensors_file_in_chunks_with_its_checksum(in
     for got in (state, unpack(whole, run=RUN.name, shape=RUN.model.expert_shape)):
         assert got.keys() == own.keys()
         assert all(torch.equal(got[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+async def test_a_fetch_that_asks_for_no_end_of_experts_is_refused_before_it_is_read(packed: bool) -> None:
+    one = b"\x12\x01\x00"  # expert_index = [0], packed
+    raw = b"\x12" + varint(2**20) + bytes(2**20) if packed else one * 2**18
+    async with serving() as (_, client):
+        method: Any = client.channel.unary_stream("/moe_net.v1.ExpertService/Fetch")
+        code, details = await refused(method(raw, timeout=10).read())
+        assert code is grpc.StatusCode.OUT_OF_RANGE
+        assert "the limit" in details
+        assert await method(one * 5000, timeout=10).read(), "one expert, asked for 5000 times, is one expert"
 
 
 async def test_a_large_state_comes_in_chunks_of_one_mebibyte() -> None:

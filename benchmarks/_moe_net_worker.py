@@ -49,7 +49,8 @@ def main() -> None:
             del contestant
 
             def commit() -> None:
-                portal.run(swarm.commit(moe.step, tokens))
+                # The run's whole batch is one token: its gradient has been divided by how many there are already.
+                portal.run(swarm.commit(moe.step, 1))
                 moe.step += 1
 
             answer = timed_steps(layer, tokens, d_model, at_least_s, warm_up, commit)

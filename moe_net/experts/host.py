@@ -227,9 +227,15 @@ class ExpertHost:
             self._book.store_reply(call.call_id, answer, dx.nbytes + dgate.nbytes)
 
     def commit(self, call: CommitCall) -> CommitAnswer:
-        """Close the trainer's step; every expert counts its tokens. BusyError: no room to remember the trainer."""
+        """Close the trainer's step; every expert counts its tokens. BusyError: no room to remember the trainer.
+        WireError: negative, or more tokens than the run's batch, by which the gradients of all would be divided."""
         if call.tokens < 0 or call.step < 0:
             raise WireError(f"step and tokens must not be negative: {call.step}, {call.tokens}")
+        batch_tokens = min(bank.global_batch_tokens for bank in self._banks.values())
+        if call.tokens > batch_tokens:
+            raise WireError(
+                f"tokens: {call.tokens}, but the run's global_batch_tokens, of all trainers, is {batch_tokens}"
+            )
         if not self._book.commit(call.trainer, call.step):
             return CommitAnswer(repeated=True, stepped=False, committed_tokens=self.committed_tokens)
         stepped = [bank.commit(call.tokens) for bank in self._banks.values()]

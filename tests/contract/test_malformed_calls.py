@@ -381,6 +381,12 @@ def test_scrambled_bytes_are_refused_with_a_reason_or_are_a_valid_call(target: T
     check(target, method, raw, REFUSALS | {StatusCode.OK})
 
 
+def test_a_commit_of_more_tokens_than_there_are_is_refused(target: Target) -> None:
+    for tokens in (RUN.global_batch_tokens + 1, 2**64 - 1):
+        request = expert_pb2.CommitRequest(trainer="t", step=2**40, tokens=tokens)
+        check(target, "Commit", request.SerializeToString(), BAD)
+
+
 @pytest.mark.parametrize("method", ["Forward", "Backward", "Commit"])
 def test_an_empty_message_is_refused(target: Target, method: str) -> None:
     check(target, method, b"", BAD)

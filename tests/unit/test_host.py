@@ -289,6 +289,18 @@ def test_unknown_layers_and_a_full_book_are_answers() -> None:
     assert [type(a) for a in answers] == [BackwardAnswer, BusyError]
 
 
+@pytest.mark.parametrize("tokens", [11, 2**63, 2**64 - 1])
+def test_a_commit_of_more_tokens_than_the_batch_is_refused_and_closes_nothing(tokens: int) -> None:
+    host = new_host(batch_tokens=10)
+    call = forward_call([[0]])
+    forward(host, call)
+    with pytest.raises(WireError, match=f"{tokens}, but the run's global_batch_tokens, of all trainers, is 10"):
+        host.commit(CommitCall(trainer="t", step=0, tokens=tokens))
+    assert (host.committed_tokens, host.book_sizes.trainers) == (0, 0)
+    backward(host, backward_call(call))
+    assert host.commit(CommitCall(trainer="t", step=0, tokens=10)).stepped
+
+
 def test_state_goes_from_one_host_to_another() -> None:
     source, target = new_host(batch_tokens=1), new_host()
     call = forward_call(MIXED)

@@ -1,13 +1,17 @@
 """The exactly-once book of one expert host: which calls are open, which gradients are in, what was answered.
 
 Pure bookkeeping (no clock, no I/O, no tensor arithmetic): `InputsT`, `SavedT` and `ReplyT` are whatever the host wants
-kept; it says how many bytes they hold.
+kept; it says how many bytes they hold, and, by `advance`, what time it is.
 
 A gradient is applied at most once because (1) its call id stands in the book from before it is added until the trainer
-commits its step, and ids are never dropped to make room: a full book refuses instead; (2) a Backward of a committed
-step is refused, so the ids of committed steps can be forgotten. It is applied at least once because a trainer retries
-until it has an answer. What may be forgotten at any time only costs work: saved pre-activations (recomputed), replies
-(recomputed without adding), inputs (sent again).
+commits its step; (2) a Backward of a committed step is refused, so the ids of committed steps can be forgotten. It is
+applied at least once because a trainer retries until it has an answer. What may be forgotten at any time only costs
+work: saved pre-activations (recomputed), replies (recomputed without adding), inputs (sent again).
+
+Ids and trainers are not dropped to make room, except those of trainers that neither added a gradient nor committed
+for FORGET_AFTER_S, those silent longest first; without such the full book refuses. The price: a duplicate of a
+gradient, or of a commit, that comes later than that counts a second time. No Backward is on its way for so long
+(deadlines are seconds, and travel with the call); a commit owed by a trainer that was cut off may be.
 """
 
 from __future__ import annotations
@@ -25,6 +29,10 @@ ReplyT = TypeVar("ReplyT")
 ENTRY_OVERHEAD_BYTES = 1024
 """Counted for every kept entry beside its payload, so that a flood of one-row calls is bounded too: a dict slot, the
 dataclasses and three small tensors measure 0.6..0.9 KiB."""
+
+
+FORGET_AFTER_S = 3600.0
+"""Silence after which a trainer may be forgotten when its room is needed: a hundred times the longest deadline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +73,8 @@ class _Trainer:
     last_committed_step: int = -1
     applied: dict[bytes, int] = field(default_factory=dict[bytes, int])
     """Call id -> step, of steps not committed yet."""
+    seen_s: float = 0.0
+    """When it last added a gradient or committed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +111,12 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
         max_trainers: int = 65_536,
         max_open_calls: int = 262_144,
         max_open_calls_per_trainer: int = 16_384,
+        forget_after_s: float = FORGET_AFTER_S,
     ) -> None:
         """`cache_bytes` bounds inputs and saved pre-activations, `reply_bytes` the answers kept for retries. The other
-        bounds are on what must not be forgotten: trainers ever seen, and applied calls of steps not committed yet
-        (about 0.3 KiB each; 16 384 is a step of 32 layers, 8 micro-batches and 64 calls each)."""
+        bounds are on what must not be forgotten before `forget_after_s` of silence: trainers seen, and applied calls of
+        steps not committed yet (about 0.3 KiB each; 16 384 is a step of 32 layers, 8 micro-batches and 64 calls
+        each)."""
         self._cache_limit_bytes = cache_bytes
         self._reply_limit_bytes = reply_bytes
         self._max_trainers = max_trainers
@@ -116,7 +128,9 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
         self._replies: OrderedDict[bytes, _Reply[ReplyT]] = OrderedDict()
         self._reply_bytes = 0
         self._applied: dict[bytes, CallFacts] = {}
-        self._trainers: dict[str, _Trainer] = {}
+        self._trainers: OrderedDict[str, _Trainer] = OrderedDict()  # silent longest first
+        self._forget_after_s = forget_after_s
+        self._now_s = 0.0
 
     @property
     def sizes(self) -> BookSizes:
@@ -128,6 +142,10 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
             applied_calls=len(self._applied),
             trainers=len(self._trainers),
         )
+
+    def advance(self, now_s: float) -> None:
+        """It is `now_s` (monotonic): what happens from here on happens then. Time never goes back."""
+        self._now_s = max(self._now_s, now_s)
 
     def last_committed_step(self, trainer: str) -> int:
         """-1 before the first commit."""
@@ -181,7 +199,8 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
     def plan_backward(
         self, call_id: bytes, facts: CallFacts, resent: InputsT | None = None
     ) -> BackwardPlan[InputsT, SavedT, ReplyT]:
-        """What to do with a Backward; changes nothing but the order of eviction.
+        """What to do with a Backward; changes nothing but the order of eviction and, for
+        room, forgets silent trainers.
 
         Raises StaleStepError (step committed), WireError (contradicts what is known of the id), InputsGoneError (no
         inputs here and none sent), BusyError (no room to remember the id).
@@ -222,7 +241,7 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
         self._check_room(facts.trainer)
         self._drop_kept(call_id)
         self._applied[call_id] = facts
-        self._trainers.setdefault(facts.trainer, _Trainer()).applied[call_id] = facts.step
+        self._seen(facts.trainer).applied[call_id] = facts.step
 
     def store_reply(self, call_id: bytes, answer: ReplyT, answer_bytes: int) -> None:
         """Keep the answer of an applied call for its retries, as long as there is room."""
@@ -244,9 +263,8 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
         known = self._trainers.get(trainer)
         if known is not None and step <= known.last_committed_step:
             return False
-        if known is None:
-            self._check_trainer_room(trainer)
-            known = self._trainers[trainer] = _Trainer()
+        self._check_trainer_room(trainer)
+        known = self._seen(trainer)
         known.last_committed_step = step
         for call_id in [i for i, applied_step in known.applied.items() if applied_step <= step]:
             del known.applied[call_id]
@@ -257,8 +275,27 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
             self._drop_kept(call_id)
         return True
 
+    def _seen(self, trainer: str) -> _Trainer:
+        known = self._trainers.setdefault(trainer, _Trainer())
+        known.seen_s = self._now_s
+        self._trainers.move_to_end(trainer)
+        return known
+
+    def _forget_silent(self, speaking: str) -> bool:
+        """Forget the trainer silent longest, if it has been for long enough; not the one that asks for room."""
+        silent = next((name for name in self._trainers if name != speaking), None)
+        if silent is None or self._now_s - self._trainers[silent].seen_s < self._forget_after_s:
+            return False
+        for call_id in self._trainers.pop(silent).applied:
+            del self._applied[call_id]
+            self._drop_reply(call_id)
+        # Its kept inputs may stay: they are of steps that it had not committed, and none was added.
+        return True
+
     def _check_trainer_room(self, trainer: str) -> None:
-        if trainer not in self._trainers and len(self._trainers) >= self._max_trainers:
+        if trainer in self._trainers:
+            return
+        if len(self._trainers) >= self._max_trainers and not self._forget_silent(trainer):
             raise BusyError(
                 f"this peer remembers the commits of {len(self._trainers)} trainers and has no room for {trainer!r}"
             )
@@ -268,6 +305,8 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
         known = self._trainers.get(trainer)
         if known is not None and len(known.applied) >= self._max_open_calls_per_trainer:
             raise BusyError(f"{trainer!r} has {len(known.applied)} applied calls in steps it has not committed")
+        while len(self._applied) >= self._max_open_calls and self._forget_silent(trainer):
+            pass
         if len(self._applied) >= self._max_open_calls:
             raise BusyError(f"{len(self._applied)} applied calls stand in steps that are not committed")
 

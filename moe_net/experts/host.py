@@ -5,7 +5,8 @@ R rows, D model width, K most experts of any row, P (row, expert) pairs; merged 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,9 +65,11 @@ class ExpertHost:
         cache_bytes: int = 256 * MIB,
         reply_bytes: int = 64 * MIB,
         book: CallBook[RoutedRows, BankSaved, BackwardAnswer] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`cache_bytes` for inputs that wait for their Backward, `reply_bytes` for answers that a retry may ask for.
-        `book`: a book with limits of its own, instead of these. ValueError when there is no bank, or the banks'
+        `book`: a book with limits of its own, instead of these. `clock`, in seconds: when trainers were heard of.
+        ValueError when there is no bank, or the banks'
         experts differ in shape."""
         if not banks:
             raise ValueError("an ExpertHost needs at least one bank")
@@ -76,6 +79,7 @@ class ExpertHost:
         self._banks = dict(sorted(banks.items()))
         self.shape: ExpertShape = shapes.pop()
         self._book = book or CallBook(cache_bytes=cache_bytes, reply_bytes=reply_bytes)
+        self._clock = clock
 
     @property
     def experts(self) -> tuple[ExpertId, ...]:
@@ -157,6 +161,7 @@ class ExpertHost:
         adding: list[_Part] = []
         repeating: list[_Part] = []
         saved: BankSaved | None = None
+        self._book.advance(self._clock())
         for position, call in enumerate(calls):
             try:
                 assert call.layer == calls[0].layer, "calls of several layers cannot be merged"
@@ -236,6 +241,7 @@ class ExpertHost:
             raise WireError(
                 f"tokens: {call.tokens}, but the run's global_batch_tokens, of all trainers, is {batch_tokens}"
             )
+        self._book.advance(self._clock())
         if not self._book.commit(call.trainer, call.step):
             return CommitAnswer(repeated=True, stepped=False, committed_tokens=self.committed_tokens)
         stepped = [bank.commit(call.tokens) for bank in self._banks.values()]

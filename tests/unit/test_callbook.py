@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from moe_net.errors import BusyError, InputsGoneError, StaleStepError, WireError
-from moe_net.experts.callbook import ENTRY_OVERHEAD_BYTES, CallBook, CallFacts
+from moe_net.experts.callbook import ENTRY_OVERHEAD_BYTES, FORGET_AFTER_S, CallBook, CallFacts
 
 BIG = 1 << 30
 
@@ -166,6 +166,71 @@ def test_calls_planned_together_cannot_overfill_the_book() -> None:
     book.mark_applied(b"a", plans[0].facts)
     with pytest.raises(BusyError):
         book.mark_applied(b"b", plans[1].facts)
+
+
+def test_room_is_made_by_forgetting_the_trainer_silent_longest() -> None:
+    book = new_book(max_trainers=3)
+    for now_s, trainer in enumerate(("old", "older than it looks", "young")):
+        book.advance(float(now_s))
+        apply(book, trainer.encode(), facts(trainer=trainer), "x")
+    book.advance(10.0)
+    book.commit("old", 0)
+    book.advance(FORGET_AFTER_S + 1.0)
+    assert book.commit("new", 7)
+    with pytest.raises(BusyError, match="no room for 'newer'"):
+        book.commit("newer", 7)  # "young" has been silent for an hour less a second
+    assert (book.sizes.trainers, book.sizes.applied_calls, book.sizes.replies) == (3, 1, 1)
+    assert book.plan_backward(b"young", facts(trainer="young")).answer == "dx"
+    assert book.last_committed_step("old") == 0
+    assert book.last_committed_step("new") == 7
+
+
+def test_a_vanished_trainer_does_not_hold_room_for_applied_calls_for_ever() -> None:
+    book = new_book(max_open=4)
+    for call_id in (b"a", b"b", b"c", b"d"):
+        apply(book, call_id, facts(trainer="vanished"), "x")
+    book.advance(FORGET_AFTER_S - 1)
+    with pytest.raises(BusyError, match="4 applied calls"):
+        apply(book, b"e", facts(trainer="u"), "x")
+    assert book.plan_backward(b"a", facts(trainer="vanished")).answer == "dx"
+    book.advance(FORGET_AFTER_S)
+    assert apply(book, b"e", facts(trainer="u"), "x")
+    assert (book.sizes.trainers, book.sizes.applied_calls, book.sizes.replies) == (1, 1, 1)
+
+
+def test_a_trainer_that_comes_back_is_not_forgotten_to_make_room_for_itself() -> None:
+    book = new_book(max_open=2)
+    apply(book, b"a", facts(step=0), "x")
+    apply(book, b"b", facts(step=0), "x")
+    book.advance(2 * FORGET_AFTER_S)
+    with pytest.raises(BusyError, match="2 applied calls"):
+        apply(book, b"c", facts(step=0), "x")
+    assert not apply(book, b"a", facts(step=0)), "added once"
+    book.advance(0.0)
+    assert book.commit("t", 0), "its commit makes the room, and time does not go back"
+
+
+def test_time_alone_forgets_nothing() -> None:
+    book = new_book(max_trainers=2)
+    apply(book, b"a", facts(), "x")
+    book.commit("u", 3)
+    before = book.sizes
+    book.advance(100 * FORGET_AFTER_S)
+    assert not apply(book, b"a", facts())
+    assert not book.commit("u", 3)
+    assert book.sizes == before
+
+
+def test_sixty_five_thousand_names_in_a_minute_lock_nobody_out_for_longer_than_an_hour() -> None:
+    book = new_book(max_trainers=65_536)
+    for number in range(65_536):
+        book.advance(number / 1000)
+        book.commit(f"junk {number}", 0)
+    with pytest.raises(BusyError):
+        book.commit("honest", 0)
+    book.advance(FORGET_AFTER_S + 0.5)
+    assert book.commit("honest", 0)
+    assert book.sizes.trainers == 65_536
 
 
 IDS = st.integers(0, 7)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_net.errors import BusyError, InputsGoneError, StaleStepError, UnknownExpertError, WireError
 from moe_net.experts.bank import ExpertBank
-from moe_net.experts.callbook import CallBook
+from moe_net.experts.callbook import FORGET_AFTER_S, CallBook
 from moe_net.experts.host import ExpertHost, pad_pairs
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertShape
@@ -299,6 +299,22 @@ def test_a_commit_of_more_tokens_than_the_batch_is_refused_and_closes_nothing(to
     assert (host.committed_tokens, host.book_sizes.trainers) == (0, 0)
     backward(host, backward_call(call))
     assert host.commit(CommitCall(trainer="t", step=0, tokens=10)).stepped
+
+
+def test_a_host_forgets_who_has_been_silent_for_an_hour_when_it_needs_the_room() -> None:
+    now_s = 1000.0
+    book = CallBook(cache_bytes=1 << 20, reply_bytes=1 << 20, max_trainers=1)
+    host = ExpertHost({0: new_bank()}, book=book, clock=lambda: now_s)
+    host.commit(CommitCall(trainer="silent", step=0, tokens=1))
+    with pytest.raises(BusyError):
+        host.commit(CommitCall(trainer="new", step=0, tokens=1))
+    now_s += FORGET_AFTER_S
+    assert not host.commit(CommitCall(trainer="new", step=0, tokens=1)).repeated
+    now_s += FORGET_AFTER_S
+    call = replace(forward_call([[0]]), trainer="newest")
+    forward(host, call)
+    backward(host, replace(backward_call(call), trainer="newest"))
+    assert host.book_sizes.trainers == 1
 
 
 def test_state_goes_from_one_host_to_another() -> None:

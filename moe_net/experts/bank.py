@@ -14,13 +14,12 @@ from torch import Tensor
 
 from moe_net.errors import CheckpointError
 from moe_net.experts.init import init_expert
+from moe_net.experts.state import STATE_FIELDS, check_state
 from moe_net.experts.update import StackedAdamW
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.types import ExpertWeights, Saved
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertId, ExpertShape
-
-STATE_FIELDS = ("w_in", "w_out", "m_in", "m_out", "v_in", "v_out", "version")
 
 
 def memory_bytes(n_experts: int, shape: ExpertShape) -> int:
@@ -186,18 +185,5 @@ class ExpertBank:
         if unknown := sorted(state.keys() - known):
             raise CheckpointError(f"{unknown[0]} is no expert of this bank (layer {self.layer}, {self.indices})")
         loaded = sorted({int(name.split(".")[1]) for name in state})
-        stacks = self._stacks()
-        for index in loaded:
-            for field in STATE_FIELDS:
-                name = f"{self.layer}.{index}.{field}"
-                if name not in state:
-                    raise CheckpointError(f"{name} is missing")
-                dtype, shape = (stacks[field].dtype, stacks[field].shape[1:]) if field in stacks else (torch.int64, ())
-                value = state[name]
-                if value.dtype != dtype or value.shape != shape:
-                    raise CheckpointError(f"{name} is {value.dtype} {list(value.shape)}, not {dtype} {list(shape)}")
-                if not bool(torch.isfinite(value).all()):
-                    raise CheckpointError(f"{name} holds values that are not finite")
-                if field in ("v_in", "v_out", "version") and bool((value < 0).any()):
-                    raise CheckpointError(f"{name} is negative")
+        check_state(state, layer=self.layer, indices=loaded, shape=self.shape)
         return loaded

@@ -21,6 +21,7 @@ from moe_net.types import ExpertShape
 
 FORMAT = "moe-net experts 1"
 _MAX_HEADER_BYTES = 16 << 20
+_DTYPES = ("F32", "I64")
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
@@ -58,12 +59,16 @@ def _read_manifest(data: bytes) -> dict[str, Any]:
     try:
         header = json.loads(data[8 : 8 + length])
         manifest = json.loads(header["__metadata__"]["moe-net"])
+        others = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
+        others = [dtype for dtype in others if dtype not in _DTYPES]
     except (KeyError, TypeError):
         raise CheckpointError("a safetensors file, but no snapshot of experts") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not a safetensors file: {error}") from error
     if not isinstance(manifest, dict):
         raise CheckpointError(f"the snapshot's manifest is {manifest!r:.80}")
+    if others:
+        raise CheckpointError(f"a snapshot of experts has fp32 and int64, not {others[0]!r:.20}")
     return cast("dict[str, Any]", manifest)
 
 

@@ -12,10 +12,12 @@ from typing import Any, TypeVar, cast
 
 import grpc
 import grpc.aio
+import torch
 from torch import Tensor
 
-from moe_net.errors import CheckpointError, WireError
+from moe_net.errors import CheckpointError, LimitError, WireError
 from moe_net.experts.snapshot import unpack
+from moe_net.experts.state import check_state, max_state_bytes
 from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.types import ExpertShape, PeerInfo
@@ -123,6 +125,7 @@ class GrpcTransport:
             peer, "Forward", request, lambda data: codec.decode_forward_answer(data, self._limits), timeout_s
         )
         _same_shape(peer, answer.y_RD, call.rows.x_RD)
+        _only_asked(peer, (*answer.failed_experts, *answer.versions), call.rows.expert_index_P)
         return answer
 
     async def backward(self, peer: PeerInfo, call: BackwardCall, *, timeout_s: float) -> BackwardAnswer:
@@ -139,7 +142,7 @@ class GrpcTransport:
     async def info(self, peer: PeerInfo, *, timeout_s: float) -> expert_pb2.InfoReply:
         """What the peer says of itself now."""
         request = expert_pb2.InfoRequest().SerializeToString()
-        return await self._call(peer, "Info", request, expert_pb2.InfoReply.FromString, timeout_s)
+        return await self._call(peer, "Info", request, codec.decode_info, timeout_s)
 
     async def ping(self, peer: PeerInfo, *, timeout_s: float) -> None:
         await self.info(peer, timeout_s=timeout_s)
@@ -147,27 +150,38 @@ class GrpcTransport:
     async def fetch(
         self, peer: PeerInfo, layer: int, expert_index: Sequence[int], *, timeout_s: float
     ) -> dict[str, Tensor]:
+        # An empty request is for all that the peer's record names: no more than was asked for is ever taken.
+        asked = tuple(expert_index) or tuple(expert.index for expert in peer.experts if expert.layer == layer)
         request = expert_pb2.FetchRequest(layer=layer, expert_index=list(expert_index)).SerializeToString()
         self.traffic.calls += 1
         self.traffic.sent_bytes += len(request)
         stream = self._link(peer.address).methods["Fetch"](request, timeout=timeout_s)
-        chunks: list[bytes] = []
-        claimed = b""
-        while True:
-            data = await _answer(peer, cast("Awaitable[bytes]", stream.read()))
-            if not data:  # grpc.aio.EOF
-                break
-            self.traffic.received_bytes += len(data)
-            chunk = expert_pb2.FetchChunk.FromString(data)
-            chunks.append(chunk.data)
-            claimed = chunk.sha256 or claimed
-        whole = b"".join(chunks)
-        if hashlib.sha256(whole).digest() != claimed:
-            raise CallError(CallFailure.REFUSED, peer.peer_id, f"state of layer {layer} does not match its checksum")
         try:
-            return unpack(whole, run=self._run, shape=self._shape)
-        except CheckpointError as error:
-            raise CallError(CallFailure.REFUSED, peer.peer_id, str(error)) from error
+            whole = await self._read_file(peer, stream, limit_bytes=max_state_bytes(len(asked), self._shape))
+            state = unpack(whole, run=self._run, shape=self._shape)
+            check_state(state, layer=layer, indices=asked, shape=self._shape)
+        except (CheckpointError, WireError) as error:
+            detail = f"unusable state of layer {layer}: {error}"
+            raise CallError(CallFailure.REFUSED, peer.peer_id, detail) from error
+        finally:
+            stream.cancel()  # nothing, unless we left before its end
+        return state
+
+    async def _read_file(self, peer: PeerInfo, stream: Any, *, limit_bytes: int) -> bytes:
+        """The chunks of a Fetch, joined. LimitError as soon as they are more than `limit_bytes`; WireError."""
+        whole, claimed = bytearray(), b""
+        while data := await _answer(peer, cast("Awaitable[bytes]", stream.read())):  # grpc.aio.EOF is false
+            self.traffic.received_bytes += len(data)
+            chunk, sha256 = codec.decode_fetch_chunk(data, self._limits)
+            if not chunk:
+                raise WireError("a chunk with nothing in it")
+            if len(whole) + len(chunk) > limit_bytes:
+                raise LimitError(f"more than {limit_bytes} bytes, which is more than these experts have")
+            whole += chunk
+            claimed = sha256 or claimed
+        if hashlib.sha256(whole).digest() != claimed:
+            raise WireError("it does not match its checksum")
+        return bytes(whole)
 
     async def close(self) -> None:
         links, self._links = self._links, {}
@@ -187,4 +201,13 @@ async def _answer(peer: PeerInfo, call: Awaitable[bytes]) -> bytes:
 def _same_shape(peer: PeerInfo, answer_RD: Tensor, asked_RD: Tensor) -> None:
     if answer_RD.shape != asked_RD.shape:
         detail = f"answered {tuple(answer_RD.shape)} to rows of {tuple(asked_RD.shape)}"
+        raise CallError(CallFailure.REFUSED, peer.peer_id, detail)
+
+
+def _only_asked(peer: PeerInfo, told: Sequence[int], asked_P: Tensor) -> None:
+    asked_E = torch.zeros(int(asked_P.max()) + 1, dtype=torch.bool)
+    asked_E[asked_P.long()] = True
+    strange = [expert for expert in told if expert >= asked_E.numel() or not asked_E[expert]]
+    if strange:
+        detail = f"answered for expert {strange[0]}, which was not asked"
         raise CallError(CallFailure.REFUSED, peer.peer_id, detail)

@@ -46,6 +46,7 @@ from moe_net.wire.validate import (
 EXPERTS_PER_ROW, EXPERT_INDEX, GATE, GATE_GRAD = 11, 12, 13, 13
 BACKWARD_X_DATA = 14
 LAST_DATA = 15
+FETCHED = 1
 
 
 def _number(encoding: Encoding) -> tensor_pb2.Encoding.ValueType:
@@ -293,6 +294,18 @@ def decode_fetch_call(data: bytes | memoryview, limits: Limits | None = None) ->
     """(layer, expert indices) of a FetchRequest, each index once and ascending; at most 256 KiB are looked at."""
     message, _ = take_apart(expert_pb2.FetchRequest, data, limits or Limits(), arrays=(), tensors=())
     return message.layer, tuple(sorted(set(message.expert_index)))
+
+
+def decode_fetch_chunk(data: bytes | memoryview, limits: Limits | None = None) -> tuple[memoryview, bytes]:
+    """(a piece of the file, the digest of the whole or b"") of a FetchChunk; the piece is a view."""
+    message, views = take_apart(expert_pb2.FetchChunk, data, limits or Limits(), arrays=(), tensors=(FETCHED,))
+    return views[FETCHED], message.sha256
+
+
+def decode_info(data: bytes | memoryview, limits: Limits | None = None) -> expert_pb2.InfoReply:
+    """An InfoReply: whatever its peer says of itself; at most 256 KiB."""
+    message, _ = take_apart(expert_pb2.InfoReply, data, limits or Limits(), arrays=(), tensors=())
+    return message
 
 
 def decode_commit_answer(data: bytes | memoryview, limits: Limits | None = None) -> CommitAnswer:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moe_net.errors import CheckpointError
 from moe_net.experts import snapshot
-from moe_net.experts.bank import STATE_FIELDS, ExpertBank, memory_bytes
+from moe_net.experts.bank import ExpertBank, memory_bytes
 from moe_net.experts.init import init_expert
+from moe_net.experts.state import STATE_FIELDS
 from moe_net.kernels.reference import moe_ffn_reference
 from moe_net.kernels.types import ExpertWeights
 from moe_net.optim import OptimizerConfig

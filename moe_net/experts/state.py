@@ -1,0 +1,48 @@
+"""The state of experts by name: what may stand in it, and how many bytes it takes. Nobody's state is taken on trust."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from moe_net.errors import CheckpointError
+from moe_net.types import ExpertShape
+
+STATE_FIELDS: tuple[str, ...] = ("w_in", "w_out", "m_in", "m_out", "v_in", "v_out", "version")
+NOT_NEGATIVE = ("v_in", "v_out", "version")
+
+_HEADER_BYTES = 64 * 1024
+_ENTRY_BYTES = 256
+"""Of a safetensors header, for one tensor: name, dtype, shape and offsets take 90..120."""
+
+
+def max_state_bytes(n_experts: int, shape: ExpertShape) -> int:
+    """More than a file of `n_experts` (see `experts.snapshot`) ever has, and little more."""
+    one_bytes = 12 * shape.d_model * (shape.d_hidden + shape.d_ff) + 8
+    return _HEADER_BYTES + n_experts * (one_bytes + len(STATE_FIELDS) * _ENTRY_BYTES)
+
+
+def check_state(state: Mapping[str, Tensor], *, layer: int, indices: Iterable[int], shape: ExpertShape) -> None:
+    """`state` is that of the experts `indices` of `layer`: all of it, nothing else, and usable.
+
+    CheckpointError for names that lack or are too many, dtypes or shapes that do not fit, values that are not finite,
+    or negative second moments and versions.
+    """
+    w_in, w_out = (shape.d_model, shape.d_hidden), (shape.d_ff, shape.d_model)
+    shapes = dict(zip(STATE_FIELDS, (w_in, w_out, w_in, w_out, w_in, w_out, ()), strict=True))
+    expected = {f"{layer}.{index}.{field}": field for index in indices for field in STATE_FIELDS}
+    if unknown := sorted(state.keys() - expected.keys()):
+        raise CheckpointError(f"{unknown[0]!r:.80} is none of the experts of layer {layer} that should be here")
+    for name, field in expected.items():
+        if name not in state:
+            raise CheckpointError(f"{name} is missing")
+        value = state[name]
+        dtype = torch.int64 if field == "version" else torch.float32
+        if value.dtype != dtype or value.shape != shapes[field]:
+            raise CheckpointError(f"{name} is {value.dtype} {list(value.shape)}, not {dtype} {list(shapes[field])}")
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{name} holds values that are not finite")
+        if field in NOT_NEGATIVE and bool((value < 0).any()):
+            raise CheckpointError(f"{name} is negative")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Self, cast
@@ -97,6 +98,8 @@ class Batcher:
         """Rows waiting now."""
         self.queue_bytes = 0
         """Bytes of their tensors."""
+        self.reserved_bytes = 0
+        """Of messages that wait to be decoded, or are."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -126,14 +129,25 @@ class Batcher:
         return answer
 
     def check_room(self, n_bytes: int, n_rows: int = 0) -> None:
-        """BusyError when a call of this size would not be admitted; the server asks before it decodes one."""
+        """BusyError when a call of this size would not be admitted."""
         rows_over = self.queue_rows + n_rows > self._max_queue_rows
-        bytes_over = self.queue_bytes + n_bytes > self._max_queue_bytes
-        if self.queue_rows and (rows_over or bytes_over):
+        held_bytes = self.queue_bytes + self.reserved_bytes
+        bytes_over = held_bytes + n_bytes > self._max_queue_bytes
+        if held_bytes and (rows_over or bytes_over):
             raise BusyError(
-                f"{self.queue_rows} rows ({self.queue_bytes / 2**20:.1f} MiB) wait, at most {self._max_queue_rows} rows"
+                f"{self.queue_rows} rows ({held_bytes / 2**20:.1f} MiB) wait, at most {self._max_queue_rows} rows"
                 f" and {self._max_queue_bytes / 2**20:.0f} MiB may; this call has {n_rows} rows, {n_bytes} bytes"
             )
+
+    @contextmanager
+    def reserving(self, n_bytes: int) -> Generator[None]:
+        """Room for a message until it is decoded, and joins the queue as a call; BusyError when there is none."""
+        self.check_room(n_bytes)
+        self.reserved_bytes += n_bytes
+        try:
+            yield
+        finally:
+            self.reserved_bytes -= n_bytes
 
     async def _join(
         self, kind: Kind, call: Call, n_rows: int, n_bytes: int, has_inputs: bool, timeout_s: float | None

@@ -102,10 +102,11 @@ class ExpertServer:
         max_batch_rows: int = 2048,
         max_queue_rows: int = 65_536,
         max_queue_bytes: int = 256 * 2**20,
-        max_concurrent_calls: int = 512,
+        max_concurrent_calls: int | None = None,
     ) -> None:
-        """`max_concurrent_calls` bounds what gRPC takes in before we see it: that many messages of at most
-        `limits.max_message_bytes`."""
+        """`max_concurrent_calls` bounds what gRPC takes in before we see and count it: that many messages of at most
+        `limits.max_message_bytes`. By default 64 or more, up to 512, as many as fit into 8 times `max_queue_bytes`:
+        with the defaults 64, or 2 GiB if as many callers send the largest message at the same moment."""
         self._host = host
         self._run = run
         self._peer_id = peer_id
@@ -122,7 +123,8 @@ class ExpertServer:
             max_queue_rows=max_queue_rows,
             max_queue_bytes=max_queue_bytes,
         )
-        self._max_concurrent_calls = max_concurrent_calls
+        fitting_calls = 8 * max_queue_bytes // self._limits.max_message_bytes
+        self._max_concurrent_calls = max_concurrent_calls or min(max(fitting_calls, 64), 512)
         self._fetches = 0
         # The stub package knows only the threaded servicer.
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
@@ -187,16 +189,16 @@ class ExpertServer:
 
     async def _forward(self, raw: bytes, context: Context) -> bytes:
         async with _answering(context, "Forward"):
-            self._batcher.check_room(len(raw))
-            call = await self._sized(len(raw), self._read_forward, raw)
+            with self._batcher.reserving(len(raw)):
+                call = await self._sized(len(raw), self._read_forward, raw)
             answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
             return await self._sized(answer.y_RD.nbytes, codec.encode_forward_answer, answer)
         raise AssertionError("unreachable: _answering does not swallow")
 
     async def _backward(self, raw: bytes, context: Context) -> bytes:
         async with _answering(context, "Backward"):
-            self._batcher.check_room(len(raw))
-            call = await self._sized(len(raw), self._read_backward, raw)
+            with self._batcher.reserving(len(raw)):
+                call = await self._sized(len(raw), self._read_backward, raw)
             answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
             return await self._sized(answer.dx_RD.nbytes, codec.encode_backward_answer, answer)
         raise AssertionError("unreachable: _answering does not swallow")

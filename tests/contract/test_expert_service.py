@@ -32,7 +32,7 @@ from moe_net.types import Encoding, PeerInfo
 from moe_net.wire import compress
 from moe_net.wire.messages import BackwardCall, CommitCall, ForwardAnswer, ForwardCall, RoutedRows
 from moe_net.wire.validate import Limits
-from moe_peer.server import SERVICE, ExpertServer
+from moe_peer.server import INLINE_BYTES, SERVICE, ExpertServer
 
 NUMBERS = itertools.count()
 D = 8
@@ -302,6 +302,46 @@ async def test_a_full_queue_is_resource_exhausted_and_says_how_much_waits() -> N
         assert "5 rows" in details
         host.gate.set()
         assert (await running).y.rows == (await waiting).y.rows == 5
+
+
+@pytest.mark.parametrize("method", ["Forward", "Backward"])
+async def test_messages_that_wait_to_be_read_count_towards_the_queue(method: str) -> None:
+    """Large ones are read on a thread: those behind it held their memory uncounted."""
+    calls = [forward_call(n_rows=50_000, seed=seed) for seed in range(3)]
+    requests: list[Any] = [
+        stock_forward(call) if method == "Forward" else stock_backward(backward_call(call, resend=True))
+        for call in calls
+    ]
+    n_bytes = requests[0].ByteSize()
+    assert n_bytes > INLINE_BYTES
+    async with serving(max_queue_bytes=3 * n_bytes - 1) as (server, client):
+        send = getattr(client.stub, method)
+        gate = threading.Event()
+        server._codec.submit(gate.wait, 60)
+        waiting = [send(request, timeout=60) for request in requests[:2]]
+        async with asyncio.timeout(30):
+            while server._batcher.reserved_bytes != 2 * n_bytes:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        code, details = await refused(send(requests[2], timeout=60))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "MiB) wait" in details
+        gate.set()
+        await asyncio.gather(*waiting)
+        assert (server._batcher.reserved_bytes, server._batcher.queue_bytes) == (0, 0)
+        await send(requests[2], timeout=60)
+        bad = replace(calls[0].rows, expert_index_P=calls[0].rows.expert_index_P + 100)
+        code, _ = await refused(client.stub.Forward(stock_forward(replace(calls[0], rows=bad)), timeout=60))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert server._batcher.reserved_bytes == 0, "what is refused is not held"
+
+
+@pytest.mark.parametrize(
+    ("queue_mib", "message_mib", "calls"), [(256, 32, 64), (1024, 32, 256), (256, 1, 512), (8, 32, 64)]
+)
+def test_as_many_calls_are_taken_in_as_memory_allows(queue_mib: int, message_mib: int, calls: int) -> None:
+    limits = Limits(max_message_bytes=message_mib << 20)
+    server = ExpertServer(new_host(), run=RUN, peer_id="p", limits=limits, max_queue_bytes=queue_mib << 20)
+    assert server._max_concurrent_calls == calls
 
 
 async def test_a_call_whose_client_left_is_not_computed() -> None:

@@ -19,14 +19,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from moe_net.config import RunConfig
 from moe_net.errors import (
@@ -46,6 +46,7 @@ from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
 from moe_net.wire.validate import Limits, check_rows
 from moe_peer.batcher import Batcher
 from moe_peer.device import DeviceThread
+from moe_peer.streams import FewReflections, FewWatches, Places
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,14 @@ CHUNK_BYTES = 2**20
 """Of Fetch: 1 MiB chunks on a stream measured fastest (design, D3b)."""
 MAX_FETCHES = 2
 """At once: each holds its layer's state twice, as tensors and as a file."""
+CHUNK_TIMEOUT_S = 30.0
+"""For a chunk of Fetch to be taken. Who does not read must not hold one of the few places."""
+MIN_FETCH_BYTES_PER_S = 64 * 1024
+"""Nor who reads a little now and then: half a megabit per second."""
+MAX_CONNECTION_AGE_S = 1800
+"""After this a connection takes no more calls (its client opens another by itself), and ends CONNECTION_GRACE_S later.
+gRPC has no way to end a call whose client neither reads nor leaves: its status waits behind what is not read."""
+CONNECTION_GRACE_S = 600
 INLINE_BYTES = 2 * 2**20
 """What is up to this size is read and written on the loop; a thread's hop costs 0.1 to 0.2 ms. Measured on one core, to
 read / to write: fp32 4 KiB 0.06 / 0.01 ms, 1 MiB 0.10 / 0.04, 16 MiB 1.1 / 1.2; int8 0.3 MiB 0.18 / 0.19, 4.5 MiB 3.4
@@ -103,6 +112,7 @@ class ExpertServer:
         max_queue_rows: int = 65_536,
         max_queue_bytes: int = 256 * 2**20,
         max_concurrent_calls: int | None = None,
+        chunk_timeout_s: float = CHUNK_TIMEOUT_S,
     ) -> None:
         """`max_concurrent_calls` bounds what gRPC takes in before we see and count it: that many messages of at most
         `limits.max_message_bytes`. By default 64 or more, up to 512, as many as fit into 8 times `max_queue_bytes`:
@@ -125,9 +135,9 @@ class ExpertServer:
         )
         fitting_calls = 8 * max_queue_bytes // self._limits.max_message_bytes
         self._max_concurrent_calls = max_concurrent_calls or min(max(fitting_calls, 64), 512)
-        self._fetches = 0
-        # The stub package knows only the threaded servicer.
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._fetches = Places("Fetch", MAX_FETCHES)
+        self._chunk_timeout_s = chunk_timeout_s
+        self._health = FewWatches()
         self._server: grpc.aio.Server | None = None
         self._stack = AsyncExitStack()
         self.address = ""
@@ -143,12 +153,15 @@ class ExpertServer:
                 ("grpc.so_reuseport", 0),
                 # Our clients ping every 20 s while a call runs; by default the third such ping ends the connection.
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.max_connection_age_ms", MAX_CONNECTION_AGE_S * 1000),
+                ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_S * 1000),
             ],
             maximum_concurrent_rpcs=self._max_concurrent_calls,
         )
         server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflected = FewReflections((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME))
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, server)
         try:
             port = server.add_insecure_port(listen)
         except RuntimeError as error:
@@ -215,23 +228,28 @@ class ExpertServer:
             return (await self._device.run(self._describe)).SerializeToString()
         raise AssertionError("unreachable: _answering does not swallow")
 
-    async def _fetch(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
+    async def _fetch(self, raw: bytes, context: Context) -> None:
         async with _answering(context, "Fetch"):
-            if self._fetches >= MAX_FETCHES:
-                raise BusyError(f"{self._fetches} fetches are on their way, at most {MAX_FETCHES} may be")
-            layer, indices = codec.decode_fetch_call(raw, self._limits)
-            self._fetches += 1
-            try:
+            with self._fetches.one():
+                layer, indices = codec.decode_fetch_call(raw, self._limits)
                 state = await self._device.run(self._host.fetch, layer, indices)
                 data, digest = await asyncio.to_thread(_pack, state, self._run.name, self._host)
                 del state
-                for start in range(0, len(data), CHUNK_BYTES):
-                    chunk = expert_pb2.FetchChunk(data=data[start : start + CHUNK_BYTES])
-                    if start + CHUNK_BYTES >= len(data):
-                        chunk.sha256 = digest
-                    yield chunk.SerializeToString()
-            finally:
-                self._fetches -= 1
+                await self._send_file(data, digest, context)
+
+    async def _send_file(self, data: bytes, digest: bytes, context: Context) -> None:
+        """TimeoutError when its receiver is too slow (see the constants above)."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + self._chunk_timeout_s + len(data) / MIN_FETCH_BYTES_PER_S
+        for start in range(0, len(data), CHUNK_BYTES):
+            chunk = expert_pb2.FetchChunk(data=data[start : start + CHUNK_BYTES])
+            if start + CHUNK_BYTES >= len(data):
+                chunk.sha256 = digest
+            try:
+                async with asyncio.timeout_at(min(loop.time() + self._chunk_timeout_s, end_s)):
+                    await context.write(chunk.SerializeToString())
+            except TimeoutError:
+                raise TimeoutError(f"{start} of {len(data)} bytes were taken in time, then no more") from None
 
     async def _sized(self, n_bytes: int, work: Callable[[InT], OutT], value: InT) -> OutT:
         """`work(value)`, here when small, on the codec's thread when it would hold up the loop."""

@@ -7,12 +7,15 @@ import itertools
 import resource
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import grpc.aio
+import psutil
 import pytest
 import torch
 from grpc import StatusCode
@@ -321,14 +324,15 @@ def base_of(kind: str, encoding: Encoding) -> tuple[str, Request, list[str]]:
             return "Backward", backward(UNKNOWN_ID, encoding, resend=True), ["grad", "x"]
 
 
-def check(target: Target, method: str, data: bytes, allowed: set[StatusCode]) -> None:
+def check(target: Target, method: str, data: bytes, allowed: set[StatusCode]) -> StatusCode:
     code, details = target.send(method, data)
     assert code in allowed, f"{method}: {code} ({details})"
     if code is StatusCode.OK:
         target.known = target.state()
-        return
+        return code
     assert details.strip(), f"{method}: {code} without a reason"
     assert same(target.known, target.state()), f"{method}: {code} ({details}) changed the server's state"
+    return code
 
 
 @settings(max_examples=550, deadline=None, derandomize=True, database=None)
@@ -345,6 +349,25 @@ def test_every_single_mistake_has_its_status_and_changes_nothing(target: Target,
     request.call_id = next(FRESH).to_bytes(16, "big")
     mistake.do(data.draw, request, data.draw(st.sampled_from(matrices)))
     check(target, method, request.SerializeToString(), mistake.codes)
+
+
+def test_a_thousand_malformed_forwards_are_refused_and_change_nothing(target: Target) -> None:
+    wrong = {what: mistake for what, mistake in MISTAKES.items() if StatusCode.OK not in mistake.codes}
+    seen: Counter[tuple[str, StatusCode]] = Counter()
+
+    @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+    @given(data=st.data())
+    def refuse_one(data: st.DataObject) -> None:
+        what = data.draw(st.sampled_from(sorted(wrong)))
+        request = forward(encoding=data.draw(st.sampled_from(list(Encoding))))
+        wrong[what].do(data.draw, request, "x")
+        code = check(target, "Forward", request.SerializeToString(), wrong[what].codes)
+        seen[what, code] += 1
+
+    refuse_one()
+    assert seen.total() >= 1000
+    assert {what for what, _ in seen} == wrong.keys()
+    assert {code for _, code in seen} == BAD | TOO_MUCH | NOT_HERE
 
 
 def scramble(draw: Any, data: bytes) -> bytes:
@@ -414,14 +437,32 @@ def test_backward_of_somebody_elses_call_is_refused_and_leaves_no_trace(
         check(target, "Backward", request.SerializeToString(), codes)
 
 
-def test_a_claim_of_a_gibibyte_costs_no_memory(target: Target) -> None:
-    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
-    for encoding in Encoding:
-        request = forward(encoding=encoding)
-        request.x.rows, request.x.cols = 1 << 20, 1 << 10
-        check(target, "Forward", request.SerializeToString(), TOO_MUCH)
-    after_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
-    assert after_kib - before_kib < 64 * 1024
+@contextmanager
+def at_most_more(n_bytes: int) -> Iterator[None]:
+    """Within, this process may take no more than `n_bytes` of address space on top of what it has: more fails."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1 << 20, 1 << 10), (1 << 28, 1), (1024, 1 << 18), (1, 1 << 28)])
+def test_a_claim_of_a_gibibyte_costs_no_memory(target: Target, rows: int, cols: int) -> None:
+    """Not by the peak of resident memory, which earlier tests raise and untouched memory does not."""
+    claims: list[tuple[str, Request]] = []
+    for kind, encoding in itertools.product(("forward", "backward", "backward with inputs"), Encoding):
+        method, request, matrices = base_of(kind, encoding)
+        for name in matrices:
+            getattr(request, name).rows, getattr(request, name).cols = rows, cols
+        claims.append((method, request))
+    with at_most_more(512 << 20):
+        if sys.platform == "linux":  # others do not hold this limit
+            with pytest.raises(RuntimeError, match="allocate"):
+                torch.empty(1 << 30, dtype=torch.uint8)
+        for method, request in claims:
+            check(target, method, request.SerializeToString(), TOO_MUCH)
 
 
 def test_the_server_still_works_after_all_that(target: Target) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -20,19 +19,19 @@ from torch import Tensor
 from moe_net.errors import DivergedError, WireError
 from moe_net.placement.health import HealthConfig
 from moe_net.placement.latency import LatencyConfig
-from moe_net.placement.select import select
 from moe_net.placement.slow import latency_bias
 from moe_net.placement.view import View
 from moe_net.rpc.backward import BackwardPass
-from moe_net.rpc.base import CallError, ExpertTransport
+from moe_net.rpc.base import ExpertTransport
 from moe_net.rpc.caller import Caller, SwarmStats
+from moe_net.rpc.collect import Collector
 from moe_net.rpc.commits import Commits, Sleep
 from moe_net.rpc.forward import Answered, ForwardPass, LayerResult
 from moe_net.rpc.ledger import Ledger
 from moe_net.rpc.outlook import Outlook
 from moe_net.rpc.policy import CallPolicy
 from moe_net.rpc.roster import Roster
-from moe_net.trace import EventSink, FaultEvent, ignore
+from moe_net.trace import EventSink, ignore
 from moe_net.types import Encoding, ExpertId
 from moe_net.wire.validate import check_finite
 
@@ -138,23 +137,8 @@ class ExpertSwarm:
 
     async def fetch_experts(self, experts: tuple[ExpertId, ...], *, timeout_s: float) -> dict[str, Tensor]:
         """State of the given experts from their replicas; those that nobody answers for are left out."""
-        state: dict[str, Tensor] = {}
-        for layer in sorted({expert.layer for expert in experts}):
-            view = self.view()
-            wanted = Counter(expert.index for expert in experts if expert.layer == layer)
-            by_peer: dict[str, list[int]] = {}
-            for index, peer_id in select(view, layer, wanted, salt=self._salt).items():
-                by_peer.setdefault(peer_id, []).append(index)
-            for peer_id, indices in sorted(by_peer.items()):
-                started_s = self._clock_s()
-                try:
-                    peer = view.peers[peer_id]
-                    state |= await self._transport.fetch(peer, layer, sorted(indices), timeout_s=timeout_s)
-                except CallError as error:
-                    self._on_event(
-                        FaultEvent(
-                            what="fetch_failed", peer=peer_id, layer=layer, action="left_out",
-                            cost_s=self._clock_s() - started_s, detail=error.detail,
-                        )
-                    )  # fmt: skip
-        return state
+        collector = Collector(
+            view=self._roster.view, transport=self._transport, timeout_s=timeout_s, usable=lambda peer_id: peer_id in self.view().peers,
+            salt=self._salt, on_event=self._on_event, clock_s=self._clock_s,
+        )  # fmt: skip
+        return await collector.collect(experts)

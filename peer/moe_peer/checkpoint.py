@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from torch import Tensor
 
 from moe_net.config import RunConfig, from_json, to_json
 from moe_net.errors import CheckpointError
-from moe_net.experts.snapshot import pack
+from moe_net.experts.bank import STATE_FIELDS
+from moe_net.experts.snapshot import pack, unpack
+from moe_net.trace import FaultEvent
+from moe_net.types import ExpertId
 
 FORMAT = 1
 
@@ -66,7 +70,7 @@ def save_checkpoint(
     for layer in sorted({int(name.split(".")[0]) for name in experts}):
         state = {name: value for name, value in experts.items() if int(name.split(".")[0]) == layer}
         data = pack(state, run=meta.run.name, shape=meta.run.model.expert_shape)
-        (partial / "experts" / f"layer-{layer:03d}.safetensors").write_bytes(data)
+        _expert_file(partial, layer).write_bytes(data)
     files = sorted(p for p in partial.rglob("*") if p.is_file())
     state = {
         "format": FORMAT,
@@ -130,6 +134,69 @@ def read_meta(path: Path) -> CheckpointMeta:
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
+
+
+def completed(
+    experts: Mapping[str, Tensor], run: RunConfig, previous: Path | None
+) -> tuple[dict[str, Tensor], list[FaultEvent]]:
+    """`experts` and, for those that nobody answered for, the state that the checkpoint `previous` has of them.
+
+    An expert that fell behind is a better start than a fresh one. The events say which ones these are, and which are
+    found nowhere.
+    """
+    state = dict(experts)
+    events: list[FaultEvent] = []
+    if previous is not None and (missing := _missing(run, state)):
+        try:
+            carried = load_experts_of(previous, run, missing)
+        except CheckpointError as error:
+            events.append(FaultEvent(what="checkpoint_damaged", action="left_out", detail=str(error)))
+            carried = {}
+        if carried:
+            state |= carried
+            versions = [f"{expert} of version {version}" for expert, version in versions_of(carried).items()]
+            detail = f"nobody answers for {len(versions)} experts, kept as in {previous}: {_few(versions)}"
+            events.append(FaultEvent(what="experts_carried_over", action="saved", detail=detail))
+    if missing := _missing(run, state):
+        detail = f"nobody hosts {len(missing)} experts, a resume starts them afresh: {_few([str(e) for e in missing])}"
+        events.append(FaultEvent(what="checkpoint_incomplete", action="saved", detail=detail))
+    return state, events
+
+
+def _missing(run: RunConfig, state: Mapping[str, Tensor]) -> list[ExpertId]:
+    there = {name.rpartition(".")[0] for name in state}
+    return [expert for expert in run.model.expert_ids if str(expert) not in there]
+
+
+def _few(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:8]) + (", ..." if len(texts) > 8 else "")
+
+
+def load_experts_of(path: Path, run: RunConfig, experts: Collection[ExpertId]) -> dict[str, Tensor]:
+    """State of those of `experts` that the checkpoint at `path` has, without what they had summed up for their next
+    step; CheckpointError when it is damaged or of another run."""
+    found: dict[str, Tensor] = {}
+    wanted = {f"{expert}.{field}" for expert in experts for field in STATE_FIELDS}
+    for layer in sorted({expert.layer for expert in experts}):
+        file = _expert_file(path, layer)
+        if not file.exists():
+            continue
+        try:
+            state = unpack(file.read_bytes(), run=run.name, shape=run.model.expert_shape)
+        except OSError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        found |= {name: value for name, value in state.items() if name in wanted}
+    return found
+
+
+def versions_of(state: Mapping[str, Tensor]) -> dict[ExpertId, int]:
+    """Optimizer steps of each expert in `state`, ascending by expert."""
+    found = {name.rpartition(".")[0]: int(value) for name, value in state.items() if name.endswith(".version")}
+    return {ExpertId(*map(int, name.split("."))): found[name] for name in found}
+
+
+def _expert_file(path: Path, layer: int) -> Path:
+    return path / "experts" / f"layer-{layer:03d}.safetensors"
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

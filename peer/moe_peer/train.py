@@ -31,6 +31,7 @@ from moe_net.trace import FaultEvent
 from moe_net.wire.allocator import tune_allocator
 from moe_peer.checkpoint import (
     CheckpointMeta,
+    completed,
     load_checkpoint,
     newest_checkpoint,
     read_meta,
@@ -141,6 +142,8 @@ class _Session:
     """What the swarm reported and `note_faults` has not noted yet."""
     records: list[Record]
     drops: DropWindow
+    last_checkpoint: Path | None
+    """The newest one of this training: that it was resumed from, then each that it made."""
 
     def note(self, record: Record) -> None:
         self.records.append(record)
@@ -254,9 +257,12 @@ class _Session:
         )
 
     def checkpoint(self) -> Path:
+        """Save everything; experts that nobody answers for are carried over from the checkpoint before."""
         experts = self.member.link.runner.run(
             self.member.link.swarm.fetch_experts(self.run.model.expert_ids, timeout_s=self.config.fetch_timeout_s)
         )
+        experts, faults = completed(experts, self.run, self.last_checkpoint)
+        self.faults += faults
         meta = CheckpointMeta(
             run=self.run,
             step=self.trainer.step,
@@ -265,15 +271,10 @@ class _Session:
             trainers=self.config.trainers,
             sequences=self.config.sequences,
         )
-        path = save_checkpoint(
+        self.last_checkpoint = save_checkpoint(
             self.config.out / "checkpoints", meta, self.trainer.model, self.trainer.optimizer, experts
         )
-        hosted = {name.rsplit(".", 1)[0] for name in experts}
-        missing = [str(expert) for expert in self.run.model.expert_ids if str(expert) not in hosted]
-        if missing:
-            detail = f"{path} lacks {len(missing)} experts that nobody hosts now: a resume starts them afresh"
-            self.faults.append(FaultEvent(what="checkpoint_incomplete", action="saved", detail=detail))
-        return path
+        return self.last_checkpoint
 
     def sample(self) -> str:
         """The model's own writing, from a fixed beginning and a fixed seed."""
@@ -337,8 +338,7 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop
         run=run, model=model, link=member.link, batches=batches,
         index=config.trainer_index, n_micro=config.micro_batches,
     )  # fmt: skip
-    if config.resume is not None:
-        _resume(config, text, trainer)
+    resumed = None if config.resume is None else _resume(config, text, trainer)
     set_aside_later(config.out / "checkpoints", trainer.step)
     metrics = stack.enter_context(MetricsLog(config.out / "metrics.jsonl", resume_step=trainer.step))
     display = stack.enter_context(
@@ -352,10 +352,12 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop
         config=config, run=run, text=text, member=member, trainer=trainer, metrics=metrics, display=display,
         stop=stop, faults=faults, records=list(metrics.kept),
         drops=DropWindow(max_fraction=config.max_dropped_fraction, length=config.drop_window_steps),
+        last_checkpoint=resumed,
     )  # fmt: skip
 
 
-def _resume(config: TrainConfig, text: Text, trainer: Trainer) -> None:
+def _resume(config: TrainConfig, text: Text, trainer: Trainer) -> Path:
+    """Go on from the newest checkpoint in `config.resume`; its path."""
     assert config.resume is not None
     folder = config.resume / "checkpoints"
     path = newest_checkpoint(folder if folder.is_dir() else config.resume)
@@ -371,6 +373,7 @@ def _resume(config: TrainConfig, text: Text, trainer: Trainer) -> None:
             )
     load_checkpoint(path, trainer.model, trainer.optimizer)
     trainer.step = meta.step
+    return path
 
 
 def _train(session: _Session) -> None:

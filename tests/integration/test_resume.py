@@ -12,11 +12,13 @@ from moe_net.errors import CheckpointError
 from moe_net.experts.snapshot import unpack
 from moe_peer.checkpoint import (
     CheckpointMeta,
+    completed,
     load_checkpoint,
     newest_checkpoint,
     read_meta,
     save_checkpoint,
     set_aside_later,
+    versions_of,
 )
 from moe_peer.trainer import Trainer
 
@@ -120,3 +122,29 @@ def test_the_experts_of_a_checkpoint_are_those_of_the_peers(tmp_path: Path) -> N
     assert all(int(value) == 1 for name, value in state.items() if name.endswith("version"))
     fresh = make_banks(RUN, RUN.model.expert_ids)[0].state()
     assert any(not state[name].equal(fresh[name]) for name in fresh if name.endswith("w_in"))
+
+
+def test_experts_that_nobody_answers_for_are_carried_over_from_the_checkpoint_before(tmp_path: Path) -> None:
+    with host_here(RUN) as link:
+        trainer = make_trainer(RUN, link)
+        trainer.train_step()
+        first = save(trainer, link, tmp_path)
+        trainer.train_step()
+        now = link.runner.run(link.swarm.fetch_experts(RUN.model.expert_ids, timeout_s=10))
+    answered = {name: value for name, value in now.items() if not name.startswith(("0.2.", "1.5."))}
+    state, (event,) = completed(answered, RUN, first)
+    assert state.keys() == now.keys()
+    versions = {str(expert): version for expert, version in versions_of(state).items()}
+    assert {expert for expert, version in versions.items() if version == 1} == {"0.2", "1.5"}
+    assert event.what == "experts_carried_over"
+    assert "0.2 of version 1, 1.5 of version 1" in event.detail
+    # Nothing is missing, nothing is said; found nowhere, they are named; and a damaged file is no reason to stop.
+    assert completed(now, RUN, first) == (now, [])
+    state, (event,) = completed(answered, RUN, None)
+    assert state == answered
+    assert (event.what, event.detail.endswith("0.2, 1.5")) == ("checkpoint_incomplete", True)
+    (first / "experts" / "layer-000.safetensors").write_bytes(b"junk")
+    assert [event.what for event in completed(answered, RUN, first)[1]] == [
+        "checkpoint_damaged",
+        "checkpoint_incomplete",
+    ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from processes import READY_S, SEQ_LEN, SEQUENCES, peer_spec, start_coordinator, trainer_spec
+from processes import READY_S, RUN, SEQ_LEN, SEQUENCES, peer_spec, start_coordinator, trainer_spec
 
 from moe_coordinator.supervisor import Child, Supervisor
+from moe_peer.checkpoint import load_experts_of, versions_of
 from moe_peer.metrics import EvalMetrics, Event, StepMetrics, read_metrics
 
 
@@ -53,7 +54,7 @@ async def test_a_peer_with_the_only_replica_dies_and_its_experts_are_masked(tmp_
     children: dict[str, Child] = {}
 
     def on_event(child: Child, event: dict[str, object]) -> None:
-        if child.name == "trainer" and event["event"] == "step" and event["step"] == 4:
+        if child.name == "trainer" and event["event"] == "step" and event["step"] == 14:
             children["peer-b"].kill()
 
     out = tmp_path / "out"
@@ -78,6 +79,12 @@ async def test_a_peer_with_the_only_replica_dies_and_its_experts_are_masked(tmp_
     assert (out / "loss.png").stat().st_size > 10_000
     done = trainer.last["done"]
     assert done["val_nats_per_byte"] == evaluations[-1]
+    # A resume does not start the dead peer's experts afresh: the last checkpoint has them as the one before had them.
+    saved = load_experts_of(Path(done["checkpoint"]), RUN, RUN.model.expert_ids)
+    versions = {str(expert): version for expert, version in versions_of(saved).items()}
+    assert [versions[f"{layer}.{index}"] for layer in (0, 1) for index in range(4)] == [20, 20, 10, 10] * 2
+    assert "experts_carried_over" in faults
+    assert "checkpoint_incomplete" not in faults
     assert done["sample"].startswith("def ")
 
 

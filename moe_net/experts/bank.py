@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_net.errors import CheckpointError
 from moe_net.experts.init import init_expert
-from moe_net.experts.state import STATE_FIELDS, check_state
+from moe_net.experts.state import STATE_FIELDS, SUM_FIELDS, check_state
 from moe_net.experts.update import StackedAdamW
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.types import ExpertWeights, Saved
@@ -145,43 +145,60 @@ class ExpertBank:
         stacks = (*optimizer.w, *optimizer.m, *optimizer.v)
         return dict(zip(STATE_FIELDS[:-1], stacks, strict=True))
 
-    def state(self, indices: Sequence[int] | None = None) -> dict[str, Tensor]:
+    def _sums(self) -> dict[str, Tensor]:
+        return dict(zip(SUM_FIELDS[:-1], self._optimizer.grads, strict=True))
+
+    def state(self, indices: Sequence[int] | None = None, *, with_sums: bool = False) -> dict[str, Tensor]:
         """Copies on the CPU, `{layer}.{index}.{field}` for each of STATE_FIELDS; all experts unless `indices` is given.
 
-        KeyError for an index that is not hosted here. Gradients summed so far are not part of the state.
+        `with_sums`: while tokens are committed towards the next step, SUM_FIELDS too, so that whoever loads the state
+        makes that step as this bank would. Sums without committed tokens are of steps that may never be committed.
+        KeyError for an index that is not hosted here.
         """
-        stacks = self._stacks()
+        stacks, sums = self._stacks(), self._sums()
         state: dict[str, Tensor] = {}
         for index in self.indices if indices is None else indices:
             slot = self._slot_of[index]
             for field, stack in stacks.items():
                 state[f"{self.layer}.{index}.{field}"] = stack[slot].to("cpu", copy=True)
             state[f"{self.layer}.{index}.version"] = torch.tensor(self._optimizer.versions[slot])
+            # Sums that are not finite make no step, and a snapshot with them would be refused as a whole.
+            if with_sums and self.committed_tokens > 0 and all(bool(g[slot].isfinite().all()) for g in sums.values()):
+                for field, stack in sums.items():
+                    state[f"{self.layer}.{index}.{field}"] = stack[slot].to("cpu", copy=True)
+                state[f"{self.layer}.{index}.committed_tokens"] = torch.tensor(self.committed_tokens)
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the experts in `state`, any of those hosted here; their gradient sums start again at zero.
+        """Take over the experts in `state`, any of those hosted here.
 
-        If it holds every expert of the bank, so do the committed tokens: this is a resume. CheckpointError, before
-        anything is changed, for names, dtypes or shapes that do not fit, values that are not finite, or negative
-        second moments.
+        When these are all of them, or nothing has happened to the bank yet, its committed tokens become the most that
+        any of them states (none: 0): this is a resume. Gradient sums come along where their committed tokens are
+        the bank's; the others start again at zero. CheckpointError, before anything is changed, for names, dtypes or
+        shapes that do not fit, values that are not finite, or negative ones that cannot be.
         """
         loaded = self._check_state(state)
-        stacks = self._stacks()
+        stacks, sums = self._stacks(), self._sums()
+        committed_of = {index: int(state.get(f"{self.layer}.{index}.committed_tokens", 0)) for index in loaded}
+        untouched = self._generation == 0 and self.committed_tokens == 0
+        if loaded and (untouched or len(loaded) == len(self.indices)):
+            self.committed_tokens = max(committed_of.values())
         for index in loaded:
             slot = self._slot_of[index]
             for field, stack in stacks.items():
                 stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
             self._optimizer.versions[slot] = int(state[f"{self.layer}.{index}.version"])
-            for grad in self._optimizer.grads:
-                grad[slot].zero_()
+            for field, stack in sums.items():
+                if 0 < committed_of[index] == self.committed_tokens:
+                    stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
+                else:
+                    stack[slot].zero_()
         self._generation += 1
-        if len(loaded) == len(self.indices):
-            self.committed_tokens = 0
 
     def _check_state(self, state: Mapping[str, Tensor]) -> list[int]:
         """The indices of the experts in a `state` that fits."""
-        known = {f"{self.layer}.{index}.{field}" for index in self.indices for field in STATE_FIELDS}
+        fields = (*STATE_FIELDS, *SUM_FIELDS)
+        known = {f"{self.layer}.{index}.{field}" for index in self.indices for field in fields}
         if unknown := sorted(state.keys() - known):
             raise CheckpointError(f"{unknown[0]} is no expert of this bank (layer {self.layer}, {self.indices})")
         loaded = sorted({int(name.split(".")[1]) for name in state})

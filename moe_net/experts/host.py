@@ -248,12 +248,13 @@ class ExpertHost:
         return CommitAnswer(repeated=False, stepped=any(stepped), committed_tokens=self.committed_tokens)
 
     def fetch(self, layer: int, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Copies of the experts' state, all of the layer when `indices` is empty. UnknownExpertError."""
+        """Copies of the experts' state with their gradient sums, all of the layer when `indices` is empty.
+        UnknownExpertError."""
         bank = self._bank(layer)
         unknown = sorted(set(indices) - set(bank.indices))
         if unknown:
             raise UnknownExpertError(f"experts {_some(unknown)} of layer {layer} are not hosted here")
-        return bank.state(sorted(set(indices)) or None)
+        return bank.state(sorted(set(indices)) or None, with_sums=True)
 
     def load_state(self, state: Mapping[str, Tensor]) -> int:
         """Take over those experts of `state` (see `ExpertBank.state`) that are hosted here; returns how many.

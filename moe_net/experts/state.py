@@ -11,7 +11,10 @@ from moe_net.errors import CheckpointError
 from moe_net.types import ExpertShape
 
 STATE_FIELDS: tuple[str, ...] = ("w_in", "w_out", "m_in", "m_out", "v_in", "v_out", "version")
-NOT_NEGATIVE = ("v_in", "v_out", "version")
+SUM_FIELDS: tuple[str, ...] = ("g_in", "g_out", "committed_tokens")
+"""Of an expert between two steps: its gradient sums, and the tokens committed towards its next step."""
+NOT_NEGATIVE = ("v_in", "v_out", "version", "committed_tokens")
+_NUMBERS = ("version", "committed_tokens")
 
 _HEADER_BYTES = 64 * 1024
 _ENTRY_BYTES = 256
@@ -20,26 +23,32 @@ _ENTRY_BYTES = 256
 
 def max_state_bytes(n_experts: int, shape: ExpertShape) -> int:
     """More than a file of `n_experts` (see `experts.snapshot`) ever has, and little more."""
-    one_bytes = 12 * shape.d_model * (shape.d_hidden + shape.d_ff) + 8
-    return _HEADER_BYTES + n_experts * (one_bytes + len(STATE_FIELDS) * _ENTRY_BYTES)
+    one_bytes = 16 * shape.d_model * (shape.d_hidden + shape.d_ff) + 16
+    return _HEADER_BYTES + n_experts * (one_bytes + len(STATE_FIELDS + SUM_FIELDS) * _ENTRY_BYTES)
 
 
 def check_state(state: Mapping[str, Tensor], *, layer: int, indices: Iterable[int], shape: ExpertShape) -> None:
-    """`state` is that of the experts `indices` of `layer`: all of it, nothing else, and usable.
+    """`state` is that of the experts `indices` of `layer`: all of it, nothing else, and usable. An expert has all of
+    SUM_FIELDS or none.
 
     CheckpointError for names that lack or are too many, dtypes or shapes that do not fit, values that are not finite,
     or negative second moments and versions.
     """
     w_in, w_out = (shape.d_model, shape.d_hidden), (shape.d_ff, shape.d_model)
     shapes = dict(zip(STATE_FIELDS, (w_in, w_out, w_in, w_out, w_in, w_out, ()), strict=True))
-    expected = {f"{layer}.{index}.{field}": field for index in indices for field in STATE_FIELDS}
+    shapes |= dict(zip(SUM_FIELDS, (w_in, w_out, ()), strict=True))
+    expected: dict[str, str] = {}
+    for index in indices:
+        has_sums = any(f"{layer}.{index}.{field}" in state for field in SUM_FIELDS)
+        for field in (*STATE_FIELDS, *(SUM_FIELDS if has_sums else ())):
+            expected[f"{layer}.{index}.{field}"] = field
     if unknown := sorted(state.keys() - expected.keys()):
         raise CheckpointError(f"{unknown[0]!r:.80} is none of the experts of layer {layer} that should be here")
     for name, field in expected.items():
         if name not in state:
             raise CheckpointError(f"{name} is missing")
         value = state[name]
-        dtype = torch.int64 if field == "version" else torch.float32
+        dtype = torch.int64 if field in _NUMBERS else torch.float32
         if value.dtype != dtype or value.shape != shapes[field]:
             raise CheckpointError(f"{name} is {value.dtype} {list(value.shape)}, not {dtype} {list(shapes[field])}")
         if not bool(torch.isfinite(value).all()):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from swarms import make_trainer, remote_link, small_run, text_batches
 
 from moe_net.client import host_here, make_banks
+from moe_net.config import RunConfig
 from moe_net.errors import CheckpointError
 from moe_net.experts.snapshot import unpack
 from moe_peer.checkpoint import (
@@ -25,10 +27,10 @@ from moe_peer.trainer import Trainer
 RUN = small_run(jitter=0.05, bias_update_rate=0.01)
 
 
-def save(trainer: Trainer, link, folder: Path) -> Path:
+def save(trainer: Trainer, link, folder: Path, run: RunConfig = RUN) -> Path:
     experts = link.runner.run(link.swarm.fetch_experts(RUN.model.expert_ids, timeout_s=10))
     meta = CheckpointMeta(
-        run=RUN, step=trainer.step, data_fingerprint="d", tokenizer_fingerprint="t", trainers=1, sequences=4
+        run=run, step=trainer.step, data_fingerprint="d", tokenizer_fingerprint="t", trainers=1, sequences=4
     )
     return save_checkpoint(folder, meta, trainer.model, trainer.optimizer, experts)
 
@@ -47,6 +49,21 @@ def test_a_resumed_run_goes_on_to_the_bit_with_other_peers(tmp_path: Path) -> No
         losses = [resumed.train_step().loss for _ in range(6)]
     assert losses == expected
     assert losses != first
+
+
+def test_a_run_resumed_in_the_middle_of_a_global_batch_goes_on_to_the_bit(tmp_path: Path) -> None:
+    run = replace(RUN, global_batch_tokens=2 * RUN.global_batch_tokens)
+    with remote_link(run, n_peers=3) as (link, _):
+        trainer = make_trainer(run, link)
+        for _ in range(5):
+            trainer.train_step()
+        path = save(trainer, link, tmp_path, run)
+        expected = [trainer.train_step().loss for _ in range(4)]
+    with remote_link(run, n_peers=3, load=path) as (link, _):
+        resumed = make_trainer(run, link)
+        load_checkpoint(path, resumed.model, resumed.optimizer)
+        resumed.step = 5
+        assert [resumed.train_step().loss for _ in range(4)] == expected
 
 
 def test_a_checkpoint_without_the_experts_would_not_do(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from moe_net.errors import CheckpointError
 from moe_net.experts import snapshot
 from moe_net.experts.bank import ExpertBank, memory_bytes
 from moe_net.experts.init import init_expert
-from moe_net.experts.state import STATE_FIELDS
+from moe_net.experts.state import STATE_FIELDS, SUM_FIELDS
 from moe_net.kernels.reference import moe_ffn_reference
 from moe_net.kernels.types import ExpertWeights
 from moe_net.optim import OptimizerConfig
@@ -212,6 +212,44 @@ def test_one_expert_can_come_from_another_peer() -> None:
         donor.state([6])
 
 
+def test_a_bank_resumed_between_two_steps_makes_the_next_one_to_the_bit() -> None:
+    whole, after = make_bank(batch=2 * R), make_bank(batch=2 * R)
+    run_steps(whole, 0, 3)
+    assert whole.committed_tokens == R
+    state = whole.state(with_sums=True)
+    assert set(state) == {f"3.{index}.{field}" for index in (2, 5, 7) for field in (*STATE_FIELDS, *SUM_FIELDS)}
+    after.load_state(snapshot.unpack(snapshot.pack(state, run="demo", shape=SHAPE), run="demo", shape=SHAPE))
+    assert after.committed_tokens == R
+    run_steps(whole, 3, 4)
+    run_steps(after, 3, 4)
+    assert_same_state(whole.state(with_sums=True), after.state(with_sums=True))
+    assert after.versions == {2: 2, 5: 2, 7: 2}
+
+
+def test_sums_that_nobody_has_committed_or_that_are_not_finite_stay_behind() -> None:
+    bank = make_bank(batch=2 * R)
+    dy, x, slots, gates = make_rows(0)
+    bank.backward(dy, x, slots, gates, None)
+    assert set(bank.state(with_sums=True)) == set(bank.state())
+    bank.commit(R)
+    bank.backward(torch.full_like(dy, torch.inf), x, torch.zeros_like(slots), gates, None)
+    with_sums = {name.split(".")[1] for name in bank.state(with_sums=True) if name.endswith("g_in")}
+    assert with_sums == {"5", "7"}
+
+
+def test_the_sums_of_one_expert_come_along_where_as_many_tokens_are_committed() -> None:
+    donor = make_bank(indices=(1, 5, 6), batch=2 * R)
+    run_steps(donor, 0, 1)
+    for already, kept in ((0, True), (R, True), (R - 1, False)):
+        joiner = make_bank(batch=2 * R)
+        joiner.commit(already)
+        joiner.load_state(donor.state([5], with_sums=True))
+        assert joiner.committed_tokens == (already or R)
+        loaded = joiner.state([5], with_sums=True)
+        assert loaded["3.5.g_in"].equal(donor.state([5], with_sums=True)["3.5.g_in"]) is kept
+        assert bool(loaded["3.5.g_in"].any()) is kept
+
+
 def test_state_is_a_copy() -> None:
     bank = make_bank()
     state = bank.state()
@@ -240,6 +278,7 @@ def damaged(name: str, value: Tensor | None) -> dict[str, Tensor]:
         (damaged("3.5.version", torch.tensor(-1)), "3.5.version is negative"),
         (damaged("3.5.v_out", torch.full((9, 12), -1.0)), "3.5.v_out is negative"),
         (damaged("3.5.m_out", torch.full((9, 12), torch.nan)), "3.5.m_out holds values that are not finite"),
+        (make_bank().state() | {"3.5.g_in": torch.zeros(12, 18)}, "3.5.g_out is missing"),
         ({"3.6.w_in": torch.zeros(12, 18)}, "3.6.w_in is no expert of this bank"),
         ({"2.5.w_in": torch.zeros(12, 18)}, "2.5.w_in is no expert of this bank"),
         ({"nonsense": torch.zeros(1)}, "nonsense is no expert of this bank"),

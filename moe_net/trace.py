@@ -12,7 +12,8 @@ class FaultEvent:
 
     what: str
     """`forward_failed`, `backward_failed`, `commit_failed`, `fetch_failed`, `peer_suspended`,
-    `no_live_experts`, `experts_carried_over`, `checkpoint_damaged`, `checkpoint_incomplete`."""
+    `no_live_experts`, `experts_carried_over`, `checkpoint_damaged`, `checkpoint_incomplete`,
+    `experts_differ`."""
     peer: str = ""
     """Peer id, when one peer is concerned."""
     layer: int = -1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -193,6 +193,19 @@ def versions_of(state: Mapping[str, Tensor]) -> dict[ExpertId, int]:
     """Optimizer steps of each expert in `state`, ascending by expert."""
     found = {name.rpartition(".")[0]: int(value) for name, value in state.items() if name.endswith(".version")}
     return {ExpertId(*map(int, name.split("."))): found[name] for name in found}
+
+
+def saved_versions(path: Path) -> dict[ExpertId, int]:
+    """Optimizer steps of each expert in the checkpoint at `path`; CheckpointError when it cannot be read."""
+    found: dict[str, Tensor] = {}
+    for file in sorted((path / "experts").glob("layer-*.safetensors")):
+        try:
+            # The weights stay on the disk.
+            with safe_open(file, "pt") as tensors:
+                found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name.endswith(".version")}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: {error}") from error
+    return versions_of(found)
 
 
 def _expert_file(path: Path, layer: int) -> Path:

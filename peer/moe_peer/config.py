@@ -116,6 +116,8 @@ class TrainConfig:
     """Steps between checkpoints; 0: only one, at the end."""
     resume: Path | None = None
     """Go on from a checkpoint: its folder, or the --out folder of an earlier training (the newest one in it)."""
+    allow_fresh_experts: bool = False
+    """Resume although the experts of all peers are fresh; otherwise refused, for they need --load to go on."""
     sample_tokens: int = 240
     """Length of the sample written at the end."""
     threads: int | None = None

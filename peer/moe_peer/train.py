@@ -23,7 +23,7 @@ from moe_net.data.batches import Batches, BatchId, IdsBatch, eval_batches
 from moe_net.data.corpus import Corpus, join, load_corpus
 from moe_net.data.ngram import BigramModel
 from moe_net.data.tokenizer import BpeTokenizer, ByteTokenizer, Ids, Tokenizer, load_tokenizer
-from moe_net.errors import CheckpointError, NoLiveExpertsError, TooManyDropsError
+from moe_net.errors import NoLiveExpertsError, TooManyDropsError
 from moe_net.model.generate import generate
 from moe_net.rpc.policy import CallPolicy, DropWindow
 from moe_net.rpc.swarm import SwarmStats
@@ -32,16 +32,15 @@ from moe_net.wire.allocator import tune_allocator
 from moe_peer.checkpoint import (
     CheckpointMeta,
     completed,
-    load_checkpoint,
-    newest_checkpoint,
-    read_meta,
     save_checkpoint,
+    saved_versions,
     set_aside_later,
 )
 from moe_peer.config import TrainConfig
 from moe_peer.display import TrainDisplay
 from moe_peer.metrics import EvalMetrics, Event, MetricsLog, Record, StepMetrics, load_evenness, to_line
 from moe_peer.report import write_report
+from moe_peer.resume import compare_experts, live_versions, resume_trunk
 from moe_peer.trainer import StepResult, Trainer, build_model
 
 log = logging.getLogger(__name__)
@@ -263,14 +262,7 @@ class _Session:
         )
         experts, faults = completed(experts, self.run, self.last_checkpoint)
         self.faults += faults
-        meta = CheckpointMeta(
-            run=self.run,
-            step=self.trainer.step,
-            data_fingerprint=self.text.corpus.fingerprint,
-            tokenizer_fingerprint=self.text.tokenizer.fingerprint,
-            trainers=self.config.trainers,
-            sequences=self.config.sequences,
-        )
+        meta = _meta(self.config, self.text, self.trainer)
         self.last_checkpoint = save_checkpoint(
             self.config.out / "checkpoints", meta, self.trainer.model, self.trainer.optimizer, experts
         )
@@ -338,7 +330,7 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop
         run=run, model=model, link=member.link, batches=batches,
         index=config.trainer_index, n_micro=config.micro_batches,
     )  # fmt: skip
-    resumed = None if config.resume is None else _resume(config, text, trainer)
+    resumed = None if config.resume is None else _resume(config, config.resume, text, trainer, member, faults)
     set_aside_later(config.out / "checkpoints", trainer.step)
     metrics = stack.enter_context(MetricsLog(config.out / "metrics.jsonl", resume_step=trainer.step))
     display = stack.enter_context(
@@ -356,24 +348,27 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop
     )  # fmt: skip
 
 
-def _resume(config: TrainConfig, text: Text, trainer: Trainer) -> Path:
-    """Go on from the newest checkpoint in `config.resume`; its path."""
-    assert config.resume is not None
-    folder = config.resume / "checkpoints"
-    path = newest_checkpoint(folder if folder.is_dir() else config.resume)
-    meta = read_meta(path)
-    expected = CheckpointMeta(
-        run=trainer.run, step=meta.step, data_fingerprint=text.corpus.fingerprint,
-        tokenizer_fingerprint=text.tokenizer.fingerprint, trainers=config.trainers, sequences=config.sequences,
-    )  # fmt: skip
-    for name in ("run", "data_fingerprint", "tokenizer_fingerprint", "trainers", "sequences"):
-        if getattr(meta, name) != getattr(expected, name):
-            raise CheckpointError(
-                f"{path} cannot be continued here: its {name} is {getattr(meta, name)}, not {getattr(expected, name)}"
-            )
-    load_checkpoint(path, trainer.model, trainer.optimizer)
-    trainer.step = meta.step
+def _resume(
+    config: TrainConfig, folder: Path, text: Text, trainer: Trainer, member: Membership, faults: list[FaultEvent]
+) -> Path:
+    """Go on from the newest checkpoint in `folder`; its path."""
+    path = resume_trunk(folder, trainer, _meta(config, text, trainer))
+    live = member.link.runner.run(live_versions(member.directory.view, member.transport))
+    event = compare_experts(path, saved_versions(path), live, allow_fresh=config.allow_fresh_experts)
+    if event is not None:
+        faults.append(event)
     return path
+
+
+def _meta(config: TrainConfig, text: Text, trainer: Trainer) -> CheckpointMeta:
+    return CheckpointMeta(
+        run=trainer.run,
+        step=trainer.step,
+        data_fingerprint=text.corpus.fingerprint,
+        tokenizer_fingerprint=text.tokenizer.fingerprint,
+        trainers=config.trainers,
+        sequences=config.sequences,
+    )
 
 
 def _train(session: _Session) -> None:

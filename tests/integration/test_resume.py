@@ -12,6 +12,7 @@ from moe_net.client import host_here, make_banks
 from moe_net.config import RunConfig
 from moe_net.errors import CheckpointError
 from moe_net.experts.snapshot import unpack
+from moe_net.types import ExpertId
 from moe_peer.checkpoint import (
     CheckpointMeta,
     completed,
@@ -19,9 +20,11 @@ from moe_peer.checkpoint import (
     newest_checkpoint,
     read_meta,
     save_checkpoint,
+    saved_versions,
     set_aside_later,
     versions_of,
 )
+from moe_peer.resume import compare_experts, live_versions
 from moe_peer.trainer import Trainer
 
 RUN = small_run(jitter=0.05, bias_update_rate=0.01)
@@ -139,6 +142,37 @@ def test_the_experts_of_a_checkpoint_are_those_of_the_peers(tmp_path: Path) -> N
     assert all(int(value) == 1 for name, value in state.items() if name.endswith("version"))
     fresh = make_banks(RUN, RUN.model.expert_ids)[0].state()
     assert any(not state[name].equal(fresh[name]) for name in fresh if name.endswith("w_in"))
+
+
+def test_a_swarm_that_lived_on_or_fell_back_is_noted_and_one_of_fresh_experts_refused(tmp_path: Path) -> None:
+    with remote_link(RUN, n_peers=2) as (link, transport):
+
+        def live() -> dict[ExpertId, int]:
+            return link.runner.run(live_versions(link.swarm.view(), transport))
+
+        trainer = make_trainer(RUN, link)
+        fresh = live()
+        assert fresh == dict.fromkeys(RUN.model.expert_ids, 0)
+        trainer.train_step()
+        older = live()
+        trainer.train_step()
+        path = save(trainer, link, tmp_path)
+        saved = saved_versions(path)
+        assert saved == live() == dict.fromkeys(RUN.model.expert_ids, 2)
+        assert compare_experts(path, saved, live(), allow_fresh=False) is None
+        trainer.train_step()
+        newer = live()
+    for other, words in ((older, "12 behind (up to 1 steps)"), (newer, "12 ahead (up to 1 steps)")):
+        event = compare_experts(path, saved, other, allow_fresh=False)
+        assert event is not None
+        assert event.what == "experts_differ"
+        assert words in event.detail
+    with pytest.raises(CheckpointError, match=rf"start the peers with --load {path}"):
+        compare_experts(path, saved, fresh, allow_fresh=False)
+    assert compare_experts(path, saved, fresh, allow_fresh=True) is not None
+    # One peer that came back empty is no reason to refuse; a checkpoint of the very start has nothing to lose.
+    assert compare_experts(path, saved, {**saved, ExpertId(0, 0): 0}, allow_fresh=False) is not None
+    assert compare_experts(path, fresh, fresh, allow_fresh=False) is None
 
 
 def test_experts_that_nobody_answers_for_are_carried_over_from_the_checkpoint_before(tmp_path: Path) -> None:

@@ -113,10 +113,13 @@ async def test_a_trainer_left_without_experts_waits_for_the_next_peer(tmp_path: 
 async def test_a_run_is_stopped_and_resumed_by_new_processes_with_the_same_losses(tmp_path: Path) -> None:
     """Invariant 9 across processes: SIGTERM in the middle, then everything anew from the checkpoint."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for name in "123":
+    for name in "1234":
         (tmp_path / name).mkdir()
 
-    async def run(folder: Path, out: Path, steps: int, *, load: tuple[object, ...] = (), more: tuple[object, ...] = ()):
+    async def run(
+        folder: Path, out: Path, steps: int, *, load: tuple[object, ...] = (), more: tuple[object, ...] = ()
+    ) -> str:
+        """What the trainer said last, if it failed."""
         async with Supervisor(folder / "logs") as supervisor:
             _, join = await start_coordinator(supervisor, folder)
             peers = [
@@ -126,11 +129,13 @@ async def test_a_run_is_stopped_and_resumed_by_new_processes_with_the_same_losse
             for peer in peers:
                 await peer.ready(READY_S)
             trainer = await supervisor.start(trainer_spec(join, out, steps, *more))
-            assert await trainer.wait() == 0, trainer.report("failed")
+            return "" if await trainer.wait() == 0 else trainer.report("failed")
 
-    await run(tmp_path / "1", whole, 12)
-    await run(tmp_path / "2", parts, 7)
-    await run(tmp_path / "3", parts, 12, load=("--load", parts), more=("--resume", parts))
+    assert await run(tmp_path / "1", whole, 12) == ""
+    assert await run(tmp_path / "2", parts, 7) == ""
+    # Forgotten --load: nobody trains a trunk on experts that it has never seen without being told.
+    assert "start the peers with --load" in await run(tmp_path / "4", parts, 12, more=("--resume", parts))
+    assert await run(tmp_path / "3", parts, 12, load=("--load", parts), more=("--resume", parts)) == ""
     assert len(losses(whole)) == 12
     assert losses(parts) == losses(whole)
     # A step's figures are its own: the evaluation after step 9, and the checkpoint, are not counted in with step 10.

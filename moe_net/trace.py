@@ -13,7 +13,7 @@ class FaultEvent:
     what: str
     """`forward_failed`, `backward_failed`, `commit_failed`, `fetch_failed`, `peer_suspended`,
     `no_live_experts`, `experts_carried_over`, `checkpoint_damaged`, `checkpoint_incomplete`,
-    `experts_differ`."""
+    `experts_differ`, `stale_gradient`."""
     peer: str = ""
     """Peer id, when one peer is concerned."""
     layer: int = -1

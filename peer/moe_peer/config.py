@@ -134,6 +134,9 @@ class TrainConfig:
     """Stop when more of the (token, expert) pairs than this got no answer, over the window."""
     drop_window_steps: int = 20
     """Length of that window."""
+    max_staleness: int = 16
+    """Note a step in which an expert made more updates than this between a call's forward and its backward; 0: never.
+    Several trainers, or one that is slow, make gradients old."""
 
     def __post_init__(self) -> None:
         at_least_one = {
@@ -152,8 +155,8 @@ class TrainConfig:
             raise ValueError(f"micro_batches={self.micro_batches} does not divide sequences={self.sequences}")
         if not 0 <= self.max_dropped_fraction <= 1:
             raise ValueError("max_dropped_fraction must be in 0..1")
-        if min(self.checkpoint_every, self.sample_tokens) < 0:
-            raise ValueError("checkpoint_every and sample_tokens must not be negative")
+        if min(self.checkpoint_every, self.max_staleness, self.sample_tokens) < 0:
+            raise ValueError("checkpoint_every, max_staleness and sample_tokens must not be negative")
         if min(self.wait_s, self.call_timeout_s, self.fetch_timeout_s) <= 0:
             raise ValueError("wait_s, call_timeout_s and fetch_timeout_s must be positive")
         if self.threads is not None and self.threads < 1:

@@ -56,6 +56,7 @@ class StepMetrics:
     staleness_mean: float = 0.0
     """Updates an expert made between a call's forward and its backward."""
     staleness_max: int = 0
+    """Of this step."""
     load_evenness: float = 1.0
     """As `load_evenness` gives it: 1 when all experts get the same share of the pairs."""
 

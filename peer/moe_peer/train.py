@@ -167,10 +167,15 @@ class _Session:
         return result
 
     def step(self) -> None:
+        # The largest of this step: a maximum has no difference.
+        self.member.link.swarm.stats.staleness_max = 0
         started_s, before = time.monotonic(), self._spent()
         result = self._with_experts(self.trainer.train_step)
         metrics = self._measure(result, time.monotonic() - started_s, before)
         self.note(metrics)
+        stale = stale_gradient(metrics, self.config.max_staleness)
+        if stale is not None:
+            self.faults.append(stale)
         self.note_faults(metrics.step)
         self.drops = self.drops.after(metrics.routed_pairs, metrics.dropped_pairs)
         if self.drops.exceeded:
@@ -358,6 +363,17 @@ def _resume(
     if event is not None:
         faults.append(event)
     return path
+
+
+def stale_gradient(metrics: StepMetrics, max_staleness: int) -> FaultEvent | None:
+    """The event of a step with a gradient older than `max_staleness` updates of its expert (0: any age will do)."""
+    if not max_staleness or metrics.staleness_max <= max_staleness:
+        return None
+    detail = (
+        f"an expert made {metrics.staleness_max} updates between a call's forward and its backward, more than "
+        f"max_staleness={max_staleness}: its gradient counted nevertheless"
+    )
+    return FaultEvent(what="stale_gradient", action="counted", detail=detail)
 
 
 def _meta(config: TrainConfig, text: Text, trainer: Trainer) -> CheckpointMeta:

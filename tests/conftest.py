@@ -1,7 +1,8 @@
 """Proof that tests leave nothing behind: no process, no listening port after each test, no temporary file in the end.
 
 Every process a test starts inherits `MARK`, so that those that outlive their parent (which then belong to init) are
-found as well. Temporary files of tests and of their processes go below one folder, which must be empty in the end.
+found as well. Temporary files of tests and of their processes go below one folder, which must be empty in the end, and
+the repository's root must have nothing new. Generated tests draw the same examples every time, and take their time.
 """
 
 from __future__ import annotations
@@ -14,16 +15,32 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 import torch
+from hypothesis.configuration import set_hypothesis_home_dir
 
 MARK = "MOE_NET_TEST_SESSION"
 # A process that was sent SIGKILL, and a socket that was closed, may take this long to vanish on a loaded machine.
 PATIENCE_S = 5.0
 
+ROOT = Path(__file__).resolve().parents[1]
+# What Python, and tools that a developer may run meanwhile, make there.
+CACHES = frozenset({".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".import_linter_cache"})
+
+hypothesis.settings.register_profile("moe-net", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.load_profile("moe-net")
+
 # Two threads for matrices of 24 columns wait for each other more than they compute: 7 s of tests took a minute.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Even without a database it keeps what it read from our sources, by default in the current folder.
+    folder = tempfile.mkdtemp(prefix="moe-hypothesis-")
+    set_hypothesis_home_dir(folder)
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 class ProcessTable:
@@ -67,6 +84,11 @@ def left_behind(table: ProcessTable, processes: dict[int, str], ports: set[int])
         os.sched_yield()
 
 
+def in_the_root() -> set[str]:
+    """What lies at the top of the repository, caches left out."""
+    return {path.name for path in ROOT.iterdir()} - CACHES
+
+
 @pytest.fixture(scope="session")
 def process_table() -> ProcessTable:
     """Knows this session's processes by what stands in their environment."""
@@ -76,13 +98,11 @@ def process_table() -> ProcessTable:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_temporary_file_survives(
-    process_table: ProcessTable, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
+def _no_file_survives(process_table: ProcessTable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     tmp_path_factory.getbasetemp()  # pytest keeps its own where it always does
     # Not a folder of pytest's: a unix socket's path has at most 107 bytes, and pytest's folders take half of that.
     folder = Path(tempfile.mkdtemp(prefix="moe-test-"))
-    before = os.environ.get("TMPDIR"), tempfile.tempdir
+    before, root_before = (os.environ.get("TMPDIR"), tempfile.tempdir), in_the_root()
     # torch makes itself a cache folder as soon as an optimizer is built: a name of its own, so that it is known.
     cache = folder / "torch"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
@@ -91,6 +111,7 @@ def _no_temporary_file_survives(
         yield
         shutil.rmtree(cache, ignore_errors=True)
         left = left_behind(process_table, {}, set()) + [str(path.relative_to(folder)) for path in folder.iterdir()]
+        left += sorted(in_the_root() - root_before)
         assert not left, f"left behind by the whole session: {left}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ from moe_net.wire.compress import payload_bytes
 OVERHEAD_BYTES_PER_CALL = 72
 
 
-@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "fp16", "int8"])
 def test_a_step_moves_one_row_per_token_and_server_each_way_and_eight_bytes_per_pair(wire: str) -> None:
     run = replace(small_run(), wire=wire)
     with remote_link(run, n_peers=3) as (link, transport):

@@ -131,7 +131,7 @@ class TrainConfig:
     min_experts_per_token: int = 1
     """Stop when a layer has fewer live experts than this for `wait_s`."""
     max_dropped_fraction: float = 0.5
-    """Stop when more of the (token, expert) pairs than this got no answer, over the window."""
+    """Stop when more of the (token, expert) pairs than this got no answer, forward or backward, over the window."""
     drop_window_steps: int = 20
     """Length of that window."""
     max_staleness: int = 16

@@ -70,6 +70,7 @@ class DisplayState:
     evaluation: EvalMetrics | None = None
     best_nats_per_byte: float = math.inf
     dropped_pairs: int = 0
+    lost_gradient_pairs: int = 0
     retries: int = 0
     events: tuple[Event, ...] = ()
     event_count: int = 0
@@ -83,6 +84,7 @@ class DisplayState:
                 losses=(*self.losses, record.nats_per_byte)[-_HISTORY_STEPS:],
                 window=(*self.window, record)[-_WINDOW_STEPS:],
                 dropped_pairs=self.dropped_pairs + record.dropped_pairs,
+                lost_gradient_pairs=self.lost_gradient_pairs + record.lost_gradient_pairs,
                 retries=self.retries + record.retries,
                 last_step_at_s=now_s,
             )
@@ -117,7 +119,7 @@ class DisplayState:
     @property
     def dropped_fraction(self) -> float:
         routed = sum(step.routed_pairs for step in self.window)
-        return sum(step.dropped_pairs for step in self.window) / routed if routed else 0.0
+        return sum(step.unanswered_pairs for step in self.window) / routed if routed else 0.0
 
     def remaining_s(self) -> float | None:
         """At the window's pace."""
@@ -202,7 +204,8 @@ def _add_rows(table: Table, state: DisplayState, last: StepMetrics, *, width: in
     experts = Text()
     missing = last.live_experts < last.total_experts
     experts.append(f"{last.live_experts}/{last.total_experts} live", style="bold yellow" if missing else "")
-    dropped = f"   {state.dropped_fraction:.2%} dropped ({short(state.dropped_pairs)} pairs in all)"
+    pairs = f"{short(state.dropped_pairs)} pairs forward, {short(state.lost_gradient_pairs)} backward in all"
+    dropped = f"   {state.dropped_fraction:.2%} dropped ({pairs})"
     experts.append(dropped, style="yellow" if state.dropped_fraction > 0 else "")
     experts.append(f"   load {last.load_evenness:.0%} even", style="dim")
     table.add_row("experts", experts)

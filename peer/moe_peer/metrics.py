@@ -74,8 +74,13 @@ class StepMetrics:
         return (self.bytes_sent + self.bytes_received) / self.tokens if self.tokens else 0.0
 
     @property
+    def unanswered_pairs(self) -> int:
+        """In forward or, later, in backward: either way their experts learn nothing from them."""
+        return self.dropped_pairs + self.lost_gradient_pairs
+
+    @property
     def dropped_fraction(self) -> float:
-        return self.dropped_pairs / self.routed_pairs if self.routed_pairs else 0.0
+        return self.unanswered_pairs / self.routed_pairs if self.routed_pairs else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

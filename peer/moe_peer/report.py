@@ -124,12 +124,12 @@ def _network_rows(steps: Sequence[StepMetrics]) -> list[tuple[str, str]]:
     lost = sum(step.lost_gradient_pairs for step in steps)
     staleness = sum(step.staleness_mean for step in steps) / len(steps)
     live = min(step.live_experts for step in steps)
-    share = f" ({dropped / routed:.3%})" if routed else ""
+    share = f", {(dropped + lost) / routed:.3%} together" if routed else ""
     return [
         ("network", f"{short(sent, 'B')} sent, {short(received, 'B')} received, "
                     f"{short((sent + received) / tokens, 'B')}/token"),
         ("calls", f"{calls} ({calls / len(steps):.1f} per step), {retries} retries"),
-        ("dropped pairs", f"{dropped} of {routed}{share}, {lost} lost in backward"),
+        ("dropped pairs", f"{dropped} of {routed} forward, {lost} backward{share}"),
         ("live experts", f"{live} of {steps[-1].total_experts} at the least, {steps[-1].live_experts} at the end"),
         ("staleness", f"{staleness:.2f} updates on average, {max(step.staleness_max for step in steps)} at most"),
     ]  # fmt: skip

@@ -177,11 +177,11 @@ class _Session:
         if stale is not None:
             self.faults.append(stale)
         self.note_faults(metrics.step)
-        self.drops = self.drops.after(metrics.routed_pairs, metrics.dropped_pairs)
+        self.drops = self.drops.after(metrics.routed_pairs, metrics.unanswered_pairs)
         if self.drops.exceeded:
             raise TooManyDropsError(
                 f"{self.drops.fraction:.0%} of the (token, expert) pairs of the last {self.drops.length} steps got no "
-                f"answer (max_dropped_fraction={self.drops.max_fraction:.0%}); "
+                f"answer in forward or backward (max_dropped_fraction={self.drops.max_fraction:.0%}); "
                 f"{metrics.live_experts} of {metrics.total_experts} experts are live"
             )
 

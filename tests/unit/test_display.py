@@ -21,10 +21,10 @@ class Clock:
         return self.now_s
 
 
-def _step(step: int, *, loss: float = 2.0, live: int = 32, dropped: int = 0) -> StepMetrics:
+def _step(step: int, *, loss: float = 2.0, live: int = 32, dropped: int = 0, lost: int = 0) -> StepMetrics:
     return StepMetrics(
         step=step, loss=loss, tokens=2000, step_s=0.5, bytes_sent=3000, bytes_received=1000, calls=12,
-        routed_pairs=1000, dropped_pairs=dropped, live_experts=live, total_experts=32,
+        routed_pairs=1000, dropped_pairs=dropped, lost_gradient_pairs=lost, live_experts=live, total_experts=32,
     )  # fmt: skip
 
 
@@ -72,11 +72,12 @@ def test_the_panel_shows_what_a_researcher_asks_first() -> None:
 
 
 def test_the_panel_names_faults_missing_experts_and_a_stall() -> None:
-    state = _trained().after(_step(40, live=20, dropped=100), now_s=20.5)
+    state = _trained().after(_step(40, live=20, dropped=100, lost=20), now_s=20.5)
     state = state.after(Event(step=40, what="peer_gone", peer="3f2a91c07711", detail="[bold]not markup[/bold]"), 20.5)
     text = _drawn(state, now_s=80.5)
     assert "20/32 live" in text
-    assert "100 pairs in all" in text
+    assert "0.60% dropped (100 pairs forward, 20 backward in all)" in text
+    assert "dropped 0.60%" in plain_line(state)
     assert "peer_gone 3f2a91c0: [bold]not markup[/bold]" in text
     assert "no step for 1:00" in text
 

@@ -160,7 +160,7 @@ def test_threads_write_whole_lines(tmp_path: Path) -> None:
 def test_derived_values_of_a_step() -> None:
     step = StepMetrics(
         step=0, loss=6.0, tokens=100, step_s=0.5, text_bytes=300, bytes_sent=1000, bytes_received=500,
-        routed_pairs=200, dropped_pairs=50,
+        routed_pairs=200, dropped_pairs=30, lost_gradient_pairs=20,
     )  # fmt: skip
     assert step.tokens_per_s == 200
     assert step.nats_per_byte == 2.0

@@ -20,7 +20,8 @@ def _records(steps: int = 60) -> list[Record]:
             StepMetrics(
                 step=step, loss=2.0 + 3.0 * math.exp(-step / 10), tokens=1000, step_s=0.5, bytes_sent=2000,
                 bytes_received=1000, calls=10, retries=int(step == 30), routed_pairs=2000,
-                dropped_pairs=20 * (step == 30), live_experts=20 if step >= 30 else 32, total_experts=32,
+                dropped_pairs=20 * (step == 30), lost_gradient_pairs=10 * (step == 35),
+                live_experts=20 if step >= 30 else 32, total_experts=32,
                 staleness_max=int(step == 40),
             )
         )  # fmt: skip
@@ -58,7 +59,7 @@ def test_the_summary_gives_the_runs_numbers() -> None:
         "after 60 steps",
         "120 kB sent, 60 kB received, 3 B/token",
         "600 (10.0 per step), 1 retries",
-        "20 of 120000 (0.017%)",
+        "20 of 120000 forward, 10 backward, 0.025% together",
         "20 of 32 at the least, 20 at the end",
         "1 at most",
         "1 x forward_failed -> give_up, 0.4 s",

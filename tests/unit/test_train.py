@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from swarms import make_trainer, small_run
 
 from moe_net.client import make_banks
 from moe_net.data.tokenizer import ByteTokenizer
+from moe_net.errors import StaleStepError, TooManyDropsError
 from moe_net.experts.host import ExpertHost
 from moe_net.model.remote_moe import SwarmLink
 from moe_net.placement.view import View
@@ -74,6 +76,15 @@ def test_a_steps_staleness_is_its_own_and_one_over_the_bound_is_an_event(tmp_pat
     (event,) = [r for r in records if isinstance(r, Event)]
     assert (event.what, event.step, event.action) == ("stale_gradient", 2, "counted")
     assert "3 updates" in event.detail
+
+
+def test_a_run_whose_gradients_all_get_lost_is_stopped_like_one_without_answers(tmp_path: Path) -> None:
+    with session(tmp_path, wait_s=0.01) as (made, host):
+        made.drops = DropWindow(length=2)
+        host.backward_many = lambda calls: [StaleStepError("too late") for _ in calls]  # type: ignore[method-assign]
+        made.step()
+        with pytest.raises(TooManyDropsError, match="100% of the"):
+            made.step()
 
 
 def test_without_a_bound_any_age_will_do() -> None:

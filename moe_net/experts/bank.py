@@ -14,12 +14,12 @@ from torch import Tensor
 
 from moe_net.errors import CheckpointError
 from moe_net.experts.init import init_expert
-from moe_net.experts.state import STATE_FIELDS, SUM_FIELDS, check_state
 from moe_net.experts.update import StackedAdamW
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.types import ExpertWeights, Saved
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertId, ExpertShape
+from moe_net.wire.state import STATE_FIELDS, SUM_FIELDS, check_state
 
 
 def memory_bytes(n_experts: int, shape: ExpertShape) -> int:

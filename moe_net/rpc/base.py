@@ -74,7 +74,7 @@ class ExpertTransport(Protocol):
     async def fetch(
         self, peer: PeerInfo, layer: int, expert_index: Sequence[int], *, timeout_s: float
     ) -> dict[str, Tensor]:
-        """State of the experts as in `experts.snapshot` (all of the layer when `expert_index` is empty)."""
+        """State of the experts as in `wire.snapshot` (all of the layer when `expert_index` is empty)."""
         ...
 
     async def close(self) -> None: ...

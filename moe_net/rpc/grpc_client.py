@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from moe_net.errors import CheckpointError, LimitError, WireError
-from moe_net.experts.snapshot import unpack
-from moe_net.experts.state import check_state, max_state_bytes
 from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.types import ExpertShape, PeerInfo
@@ -30,6 +28,8 @@ from moe_net.wire.messages import (
     ForwardAnswer,
     ForwardCall,
 )
+from moe_net.wire.snapshot import unpack
+from moe_net.wire.state import check_state, max_state_bytes
 from moe_net.wire.validate import Limits
 
 AnswerT = TypeVar("AnswerT")

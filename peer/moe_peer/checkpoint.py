@@ -4,7 +4,7 @@ step-00000120/
     state.json             what this is, and the SHA-256 of every other file
     trunk.safetensors      parameters and buffers
     optimizer.safetensors  AdamW's moments and step counters
-    experts/layer-003.safetensors   as in moe_net.experts.snapshot; `moe-peer serve --load` reads them
+    experts/layer-003.safetensors   as in moe_net.wire.snapshot; `moe-peer serve --load` reads them
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from moe_net.config import RunConfig, from_json, to_json
 from moe_net.errors import CheckpointError
-from moe_net.experts.bank import STATE_FIELDS
-from moe_net.experts.snapshot import pack, unpack
 from moe_net.trace import FaultEvent
 from moe_net.types import ExpertId
+from moe_net.wire.snapshot import pack, unpack
+from moe_net.wire.state import STATE_FIELDS
 
 FORMAT = 1
 

@@ -24,11 +24,11 @@ from moe_net.discovery.record import Identity, to_ranges
 from moe_net.errors import CheckpointError, JoinError
 from moe_net.experts.bank import memory_bytes
 from moe_net.experts.host import ExpertHost
-from moe_net.experts.snapshot import unpack
 from moe_net.placement.assign import assign
 from moe_net.placement.view import View
 from moe_net.types import ExpertId
 from moe_net.wire.allocator import tune_allocator
+from moe_net.wire.snapshot import unpack
 from moe_peer.checkpoint import newest_checkpoint, read_meta
 from moe_peer.config import ServeConfig, parse_experts
 from moe_peer.server import ExpertServer

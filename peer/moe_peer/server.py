@@ -38,11 +38,11 @@ from moe_net.errors import (
     WireError,
 )
 from moe_net.experts.host import ExpertHost
-from moe_net.experts.snapshot import pack
 from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.grpc_client import channel_options
 from moe_net.wire import codec
 from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
+from moe_net.wire.snapshot import pack
 from moe_net.wire.validate import Limits, check_rows
 from moe_peer.batcher import Batcher
 from moe_peer.device import DeviceThread

@@ -24,13 +24,13 @@ from moe_net.client import make_banks
 from moe_net.config import RunConfig
 from moe_net.errors import MoeNetError
 from moe_net.experts.host import ExpertHost
-from moe_net.experts.snapshot import unpack
 from moe_net.model.config import ModelConfig, RouterConfig
 from moe_net.proto.v1 import expert_pb2, expert_pb2_grpc, tensor_pb2
 from moe_net.rpc.grpc_client import GrpcTransport
 from moe_net.types import Encoding, PeerInfo
 from moe_net.wire import compress
 from moe_net.wire.messages import BackwardCall, CommitCall, ForwardAnswer, ForwardCall, RoutedRows
+from moe_net.wire.snapshot import unpack
 from moe_net.wire.validate import Limits
 from moe_peer.server import INLINE_BYTES, SERVICE, ExpertServer
 

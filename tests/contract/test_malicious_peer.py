@@ -15,8 +15,6 @@ import torch
 from wire_calls import make_rows
 
 from moe_net.experts.bank import ExpertBank
-from moe_net.experts.snapshot import pack
-from moe_net.experts.state import max_state_bytes
 from moe_net.optim import OptimizerConfig
 from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.base import CallError, CallFailure
@@ -24,6 +22,8 @@ from moe_net.rpc.grpc_client import SERVICE, GrpcTransport, channel_options
 from moe_net.types import ExpertId, ExpertShape, PeerInfo
 from moe_net.wire import codec
 from moe_net.wire.messages import ForwardAnswer, ForwardCall
+from moe_net.wire.snapshot import pack
+from moe_net.wire.state import max_state_bytes
 from moe_net.wire.validate import Limits
 
 D = 6

@@ -11,8 +11,8 @@ from swarms import make_trainer, remote_link, small_run, text_batches
 from moe_net.client import host_here, make_banks
 from moe_net.config import RunConfig
 from moe_net.errors import CheckpointError
-from moe_net.experts.snapshot import unpack
 from moe_net.types import ExpertId
+from moe_net.wire.snapshot import unpack
 from moe_peer.checkpoint import (
     CheckpointMeta,
     completed,

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from moe_net.errors import CheckpointError
-from moe_net.experts import snapshot
 from moe_net.experts.bank import ExpertBank, memory_bytes
 from moe_net.experts.init import init_expert
-from moe_net.experts.state import STATE_FIELDS, SUM_FIELDS
 from moe_net.kernels.reference import moe_ffn_reference
 from moe_net.kernels.types import ExpertWeights
 from moe_net.optim import OptimizerConfig
 from moe_net.types import Activation, ExpertId, ExpertShape
+from moe_net.wire import snapshot
+from moe_net.wire.state import STATE_FIELDS, SUM_FIELDS
 
 SHAPE = ExpertShape(d_model=12, d_ff=9)
 R, K = 20, 3

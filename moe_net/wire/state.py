@@ -22,7 +22,7 @@ _ENTRY_BYTES = 256
 
 
 def max_state_bytes(n_experts: int, shape: ExpertShape) -> int:
-    """More than a file of `n_experts` (see `experts.snapshot`) ever has, and little more."""
+    """More than a file of `n_experts` (see `wire.snapshot`) ever has, and little more."""
     one_bytes = 16 * shape.d_model * (shape.d_hidden + shape.d_ff) + 16
     return _HEADER_BYTES + n_experts * (one_bytes + len(STATE_FIELDS + SUM_FIELDS) * _ENTRY_BYTES)
 

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -57,6 +57,11 @@ def _unexpected(kind: type[Any], values: dict[str, Any], prefix: str) -> Iterato
             yield f"{prefix}{name}: unexpected keyword"
         elif dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
             yield from _unexpected(hints[name], value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            kinds = [arg for arg in get_args(hints[name]) if isinstance(arg, type) and dataclasses.is_dataclass(arg)]
+            for number, item in enumerate(value):
+                if kinds and isinstance(item, dict):
+                    yield from _unexpected(kinds[0], item, f"{prefix}{name}.{number}.")
 
 
 def from_dict(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:

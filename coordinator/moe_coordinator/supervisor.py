@@ -44,6 +44,8 @@ class ChildSpec:
 
     name: str
     """Also the log's: `NAME.log`."""
+    log_suffix: str = ""
+    """`NAMESUFFIX.log`, for a child that takes the place of one of the same name: `.1` for the second, and so on."""
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     """Added to the launcher's environment."""
@@ -112,12 +114,28 @@ class Child:
         """Its exit code (negative: the signal), once it and all its descendants are gone."""
         return await asyncio.shield(self._ended)
 
-    async def stop(self, grace_s: float) -> int:
-        """SIGTERM; SIGKILL to it and its descendants after `grace_s`. Returns the exit code."""
+    def terminate(self) -> None:
+        """SIGTERM: it is asked to leave. One that is suspended is woken, or it would never know."""
         self.stopping = True
+        self._send(signal.SIGTERM)
+        self._send(signal.SIGCONT)
+
+    def suspend(self) -> None:
+        """SIGSTOP: it makes no step until `resume`, as on a machine that hangs. Its own children go on."""
+        self._send(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT: the end of `suspend`."""
+        self._send(signal.SIGCONT)
+
+    def _send(self, number: signal.Signals) -> None:
         if self._process.returncode is None:
             with suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGTERM)
+                self._process.send_signal(number)
+
+    async def stop(self, grace_s: float) -> int:
+        """SIGTERM; SIGKILL to it and its descendants after `grace_s`. Returns the exit code."""
+        self.terminate()
         try:
             async with asyncio.timeout(grace_s):
                 return await self.wait()
@@ -220,7 +238,7 @@ class Supervisor:
 
     async def start(self, spec: ChildSpec) -> Child:
         """Start a child; its ready line is not awaited."""
-        log_path = self._log_dir / f"{spec.name}.log"
+        log_path = self._log_dir / f"{spec.name}{spec.log_suffix}.log"
         mark = f"{self._token}.{len(self.children)}"
         inherited = spec.stderr == "terminal" and sys.stderr.isatty()
         with ExitStack() as parent_ends, ExitStack() as child_ends:

@@ -23,3 +23,19 @@ def dht_multiaddr(listen: str) -> str:
     except ValueError:
         raise ValueError(f"listen={listen!r} names no IP address: say --dht-listen as well") from None
     return f"/ip{address.version}/{address}/tcp/0"
+
+
+def advertised_address(advertise: str | None, listening: str) -> str:
+    """What others are told when a server listens at `listening` (host:port): that, or what `advertise` says.
+
+    `advertise` is a host, which keeps the port, or `host:port`; ValueError when its port is none.
+    """
+    if advertise is None:
+        return listening
+    host, colon, port = advertise.rpartition(":")
+    # A colon more is an IPv6 address without brackets, and no port.
+    if not colon or (":" in host and not host.endswith("]")) or advertise.endswith("]"):
+        return f"{advertise}:{listening.rpartition(':')[2]}"
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65_535:
+        raise ValueError(f"advertise={advertise!r} is neither a host nor host:port")
+    return advertise

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from moe_net.discovery.listen import check_listen, dht_multiaddr
+from moe_net.discovery.listen import advertised_address, check_listen, dht_multiaddr
 from moe_net.model.config import ModelConfig
 from moe_net.types import ExpertId
 
@@ -31,7 +31,8 @@ class ServeConfig:
     listen: str = "127.0.0.1:0"
     """host:port of the gRPC service; port 0 takes a free one."""
     advertise: str | None = None
-    """Host by which others reach this machine, when it is not the host of --listen (NAT, container, 0.0.0.0)."""
+    """Host by which others reach this machine, when it is not the host of --listen (NAT, container, 0.0.0.0); or
+    HOST:PORT, when the port is another one as well (forwarded, or that of a proxy)."""
     dht_listen: str | None = None
     """libp2p multiaddr to listen on; by default a free TCP port of --listen's host."""
     load: Path | None = None
@@ -58,6 +59,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         check_listen(self.listen)
         self.dht_multiaddr  # noqa: B018  a wrong one is found now
+        advertised_address(self.advertise, self.listen)
         if self.advertise is None and self.listen.rpartition(":")[0] in ("0.0.0.0", "[::]"):
             raise ValueError(f"listen={self.listen!r} is every address of this machine: say by --advertise which one")
         if self.experts is not None and self.max_experts is not None:

@@ -19,6 +19,7 @@ from moe_net.config import RunConfig, from_json, to_json
 from moe_net.discovery.announcer import Announcer
 from moe_net.discovery.dht import DhtDiscovery
 from moe_net.discovery.join import resolve_join
+from moe_net.discovery.listen import advertised_address
 from moe_net.discovery.manifest import find_manifest, keep_manifest, put_manifest
 from moe_net.discovery.record import Identity, to_ranges
 from moe_net.errors import CheckpointError, JoinError
@@ -97,9 +98,7 @@ async def _serve(config: ServeConfig) -> None:
                 max_queue_bytes=config.max_queue_mib * MIB,
             )
         )
-        address = server.address
-        if config.advertise is not None:
-            address = f"{config.advertise}:{address.rpartition(':')[2]}"
+        address = advertised_address(config.advertise, server.address)
         await stack.enter_async_context(
             Announcer(discovery, identity, run=run.name, address=address, experts=experts, ttl_s=run.record_ttl_s)
         )
@@ -109,6 +108,7 @@ async def _serve(config: ServeConfig) -> None:
             "event": "ready",
             "role": "peer",
             "address": address,
+            "listen": server.address,
             "peer_id": identity.peer_id,
             "run": run.name,
             "experts": describe(experts),

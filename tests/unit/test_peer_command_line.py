@@ -9,6 +9,7 @@ import torch
 
 from moe_net.client import make_banks
 from moe_net.config import RunConfig
+from moe_net.discovery.listen import advertised_address
 from moe_net.errors import CheckpointError
 from moe_net.experts.host import ExpertHost
 from moe_net.model.config import ModelConfig
@@ -64,6 +65,8 @@ def test_a_wrong_specification_is_named_with_what_there_is(spec: str, complaint:
     [
         ({"listen": "8000"}, "not host:port"),
         ({"listen": "0.0.0.0:1"}, "--advertise"),
+        ({"advertise": "home.example:"}, "neither a host nor host:port"),
+        ({"advertise": "home.example:70000"}, "neither a host nor host:port"),
         ({"listen": "127.0.0.1:99999"}, "a port is 65535 at most"),
         ({"listen": "home.example:1"}, "names no IP address: say --dht-listen as well"),
         ({"experts": "0.1", "max_experts": 2}, "exclude each other"),
@@ -74,6 +77,21 @@ def test_a_wrong_specification_is_named_with_what_there_is(spec: str, complaint:
 def test_options_that_cannot_work_are_refused_before_anything_starts(wrong: dict[str, object], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ServeConfig(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("advertise", "address"),
+    [
+        (None, "0.0.0.0:50"),
+        ("home.example", "home.example:50"),
+        ("home.example:7", "home.example:7"),
+        ("10.0.0.1:7", "10.0.0.1:7"),
+        ("[::1]", "[::1]:50"),
+        ("[::1]:7", "[::1]:7"),
+    ],
+)
+def test_others_are_told_the_host_that_is_advertised_and_the_port_too(advertise: str | None, address: str) -> None:
+    assert advertised_address(advertise, "0.0.0.0:50") == address
 
 
 def test_a_training_does_not_find_out_at_its_end_that_it_cannot_write_a_sample() -> None:

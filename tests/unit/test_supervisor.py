@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shutil
@@ -143,6 +144,49 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: 
         child = await supervisor.start(script(stubborn))
         await child.ready(DEADLINE_S)
     assert seen.exits == {"child": -signal.SIGKILL}
+
+
+async def test_a_suspended_child_makes_no_step_until_it_is_resumed_and_is_stopped_cleanly_all_the_same(
+    tmp_path: Path,
+) -> None:
+    clean = READY.replace("print(", "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nprint(", 1) + WAIT
+    async with supervised(tmp_path) as (supervisor, seen):
+        for name in ("resumed", "left"):
+            child = await supervisor.start(script(clean, name=name))
+            await child.ready(DEADLINE_S)
+            child.suspend()
+            deadline_s = time.monotonic() + DEADLINE_S
+            while psutil.Process(child.pid).status() != psutil.STATUS_STOPPED:
+                assert time.monotonic() < deadline_s
+                await asyncio.sleep(0)
+            if name == "resumed":
+                child.resume()
+                while psutil.Process(child.pid).status() == psutil.STATUS_STOPPED:
+                    assert time.monotonic() < deadline_s
+                    await asyncio.sleep(0)
+    assert seen.exits == {"resumed": 0, "left": 0}
+
+
+async def test_a_suspended_child_can_be_killed(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as (supervisor, _):
+        child = await supervisor.start(script(READY + WAIT))
+        await child.ready(DEADLINE_S)
+        child.suspend()
+        child.kill()
+        assert await child.wait() == -signal.SIGKILL
+
+
+async def test_a_child_is_started_again_with_its_name_and_another_log(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as (supervisor, _):
+        first = await supervisor.start(script(READY + WAIT))
+        await first.ready(DEADLINE_S)
+        first.kill()
+        await first.wait()
+        second = await supervisor.start(dataclasses.replace(script(READY + WAIT), log_suffix=".1"))
+        ready = await second.ready(DEADLINE_S)
+        assert (second.name, second.log_path.name) == ("child", "child.1.log")
+        assert ready["pid"] not in (None, first.pid)
+        assert str(first.pid) in first.log_path.read_text()
 
 
 async def test_asking_a_second_time_kills_without_waiting_for_the_grace(tmp_path: Path) -> None:

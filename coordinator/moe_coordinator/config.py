@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from moe_coordinator.faults import Fault, FaultPlan
 from moe_net.config import RunConfig, load_toml, to_json
 from moe_net.discovery.listen import check_listen, dht_multiaddr
 from moe_net.discovery.manifest import MANIFEST_TTL_S
@@ -60,6 +61,8 @@ class LocalOptions:
     """Peers that host each expert. They begin equal; nothing exchanges their updates yet."""
     kill_peer_at_step: int | None = None
     """SIGKILL the last peer, and all it started, when the first trainer has made this step."""
+    faults: Path | None = None
+    """TOML file of what goes wrong and when, like examples/faults.toml; noted in OUT/faults.jsonl as it happens."""
     preset: str | None = None
     """Model preset; `tiny` unless --config is given."""
     config: Path | None = None
@@ -120,6 +123,22 @@ def run_config(options: LocalOptions) -> RunConfig:
         global_batch_tokens=options.trainers * options.sequences * model.seq_len,
         wire=options.wire or "bf16",
     )
+
+
+def fault_plan(options: LocalOptions, *, steps: int) -> FaultPlan:
+    """What --faults and --kill-peer-at-step say; ValueError when a run of so many steps cannot have that."""
+    kill_at = options.kill_peer_at_step
+    if kill_at is not None and not 0 <= kill_at < steps:
+        raise ValueError(f"kill_peer_at_step={kill_at} is not one of the steps 0..{steps - 1}")
+    plan = FaultPlan() if options.faults is None else load_toml(FaultPlan, options.faults)
+    try:
+        plan.check(peers=options.peers, trainers=options.trainers, steps=steps)
+    except ValueError as error:
+        raise ValueError(f"{options.faults}: {error}") from None
+    if kill_at is None:
+        return plan
+    kill = Fault(target=f"peer-{options.peers - 1}", what="kill", at_step=kill_at)
+    return replace(plan, fault=(*plan.fault, kill))
 
 
 def newest_checkpoint(out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""`moe-coordinator local`: a whole swarm as real processes of this machine, with a peer killed on demand."""
+"""`moe-coordinator local`: a whole swarm as real processes of this machine, with faults on demand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -16,11 +17,14 @@ from moe_coordinator.config import (
     RUN_FILE,
     LocalOptions,
     deal_experts,
+    fault_plan,
     newest_checkpoint,
     run_config,
     to_toml,
     trainer_threads,
 )
+from moe_coordinator.faults import FaultPlan
+from moe_coordinator.laboratory import Laboratory
 from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supervisor, describe_exit
 from moe_net.config import RunConfig
 
@@ -32,15 +36,13 @@ TRAINER = (sys.executable, "-m", "moe_peer.cli", "train")
 def main(options: LocalOptions) -> int:
     """Exit code: 0 when every trainer finished, 1 when one failed, 128 + signal when asked to stop."""
     run = run_config(options)
-    steps, kill_at = options.steps or run.optimizer.total_steps, options.kill_peer_at_step
-    if kill_at is not None and not 0 <= kill_at < steps:
-        raise ValueError(f"kill_peer_at_step={kill_at} is not one of the steps 0..{steps - 1}")
+    faults = fault_plan(options, steps=options.steps or run.optimizer.total_steps)
     specs = deal_experts(run.model, peers=options.peers, replicas=options.replicas)
     if options.resume:
         newest_checkpoint(options.resume)  # a folder without one is refused before anything starts
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / RUN_FILE).write_text(to_toml(run))
-    return asyncio.run(LocalSwarm(options, run, specs).run())
+    return uvloop.run(LocalSwarm(options, run, specs, faults).run())
 
 
 def coordinator_spec(options: LocalOptions) -> ChildSpec:
@@ -51,8 +53,10 @@ def coordinator_spec(options: LocalOptions) -> ChildSpec:
     )
 
 
-def peer_spec(options: LocalOptions, index: int, *, join: str, experts: str) -> ChildSpec:
+def peer_spec(options: LocalOptions, index: int, *, join: str, experts: str, advertise: str | None = None) -> ChildSpec:
     argv = [*PEER, "--join", join, "--experts", experts, "--listen", _listen(options, 1 + index), "--threads", "1"]
+    if advertise is not None:
+        argv += ["--advertise", advertise]
     if options.resume:
         argv += ["--load", str(newest_checkpoint(options.resume))]
     return ChildSpec(name=f"peer-{index}", argv=tuple(argv), env=_threads_env(1), wave=1)
@@ -95,15 +99,15 @@ def _threads_env(threads: int) -> dict[str, str]:
 class LocalSwarm:
     """One run of the swarm."""
 
-    def __init__(self, options: LocalOptions, run: RunConfig, experts: Sequence[str]) -> None:
+    def __init__(self, options: LocalOptions, run: RunConfig, experts: Sequence[str], faults: FaultPlan) -> None:
         self._options = options
         self._run_config = run
         self._experts = experts
-        self._peers: list[Child] = []
+        self._faults = faults
+        self._laboratory: Laboratory | None = None
         self._trainers: list[Child] = []
         self._trainer_exits: asyncio.Queue[Child] = asyncio.Queue()
         self._console = Console(stderr=True, highlight=False)
-        self._peer_was_killed = False
 
     async def run(self) -> int:
         supervisor = Supervisor(
@@ -146,37 +150,45 @@ class LocalSwarm:
                     f"note: a step of all trainers has {step_tokens} tokens, and experts step once "
                     f"global_batch_tokens={self._run_config.global_batch_tokens} are committed"
                 )
-            coordinator = await supervisor.start(coordinator_spec(options))
-            ready = await coordinator.ready(options.ready_timeout_s)
-            join = str(ready["address"])
-            for index, experts in enumerate(self._experts):
-                self._peers.append(await supervisor.start(peer_spec(options, index, join=join, experts=experts)))
-            for peer in self._peers:
-                ready = await peer.ready(options.ready_timeout_s)
-                self._say(f"{peer.name} serves at {ready['address']}: {self._experts[self._peers.index(peer)]}")
-            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-            for index in range(options.trainers):
-                spec = trainer_spec(options, self._run_config, index, join=join, cores=cores)
-                self._trainers.append(await supervisor.start(spec))
-            for _ in range(options.trainers):
-                trainer = await self._trainer_exits.get()
-                code = await trainer.wait()
-                if code != 0:
-                    raise ChildError(trainer.report(f"failed with {describe_exit(code)}"))
+            async with Laboratory.open(
+                self._faults,
+                supervisor,
+                options.out,
+                n_peers=options.peers,
+                say=self._say,
+                ready_timeout_s=options.ready_timeout_s,
+            ) as self._laboratory:
+                await self._train_in(self._laboratory, supervisor)
+
+    async def _train_in(self, laboratory: Laboratory, supervisor: Supervisor) -> None:
+        options = self._options
+        spec = coordinator_spec(options)
+        coordinator = await supervisor.start(spec)
+        laboratory.add(spec, coordinator)
+        join = str((await coordinator.ready(options.ready_timeout_s))["address"])
+        peers: list[Child] = []
+        for index, experts in enumerate(self._experts):
+            proxy = laboratory.proxies.get(f"peer-{index}")
+            spec = peer_spec(options, index, join=join, experts=experts, advertise=proxy and proxy.address)
+            peers.append(await supervisor.start(spec))
+            laboratory.add(spec, peers[-1], hosts=experts)
+        for peer, experts in zip(peers, self._experts, strict=True):
+            self._say(f"{peer.name} serves at {await laboratory.ready(peer)}: {experts}")
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        for index in range(options.trainers):
+            spec = trainer_spec(options, self._run_config, index, join=join, cores=cores)
+            self._trainers.append(await supervisor.start(spec))
+            laboratory.add(spec, self._trainers[-1])
+        for _ in range(options.trainers):
+            trainer = await self._trainer_exits.get()
+            code = await trainer.wait()
+            if code != 0 and not trainer.stopping:  # one that a fault ended has not failed
+                raise ChildError(trainer.report(f"failed with {describe_exit(code)}"))
 
     def _on_event(self, child: Child, event: Event) -> None:
-        kill_at = self._options.kill_peer_at_step
-        if (
-            event["event"] == "step"
-            and child is self._trainers[0]
-            and not self._peer_was_killed
-            and kill_at is not None
-            and event["step"] >= kill_at
-        ):
-            self._peer_was_killed = True
-            peer = self._peers[-1]
-            peer.kill()
-            self._say(f"step {event['step']}: killed {peer.name} (SIGKILL), which hosts {self._experts[-1]}")
+        if event["event"] == "step" and child is self._trainers[0]:
+            assert self._laboratory is not None
+            self._laboratory.on_step(event["step"])
 
     def _on_exit(self, child: Child, code: int) -> None:
         if child in self._trainers:

@@ -144,7 +144,7 @@ import sys
 from moe_coordinator import cli, local
 MEMBER = '''
 import json, signal, sys
-print(json.dumps({"event": "ready", "address": "127.0.0.1:1", "argv": sys.argv[1:]}), flush=True)
+print(json.dumps({"event": "ready", "address": "x:1", "listen": "127.0.0.1:1", "argv": sys.argv[1:]}), flush=True)
 '''
 WAITING = MEMBER.replace("print", "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\\nprint") + "signal.pause()"
 local.COORDINATOR = local.PEER = (sys.executable, "-S", "-c", WAITING)
@@ -179,6 +179,68 @@ async def test_a_swarm_trains_loses_a_peer_on_request_and_prints_the_result(tmp_
     assert load_toml(RunConfig, tmp_path / "run.toml").optimizer.total_steps == 4
 
 
+FAULTS = """
+[network]
+round_trip_s = 0.01
+[[fault]]
+at_step = 0
+target = "peer-0"
+what = "stop"
+[[fault]]
+at_step = 1
+target = "trainer-1"
+what = "kill"
+[[fault]]
+at_step = 1
+target = "peer-1"
+what = "blackhole"
+duration_s = 0.2
+[[fault]]
+at_step = 2
+target = "peer-1"
+what = "restart"
+after_s = 0.1
+"""
+# It goes on until the new peer is there; the second one never steps.
+PATIENT = (
+    "from pathlib import Path\n"
+    "if 'trainer-1' in ' '.join(sys.argv):\n    signal.pause()\n"
+    "for step in range(3):\n    print(json.dumps({'event': 'step', 'step': step}), flush=True)\n"
+    "log = Path(sys.argv[sys.argv.index('--out') + 1]).parent / 'logs' / 'peer-1.1.log'\n"
+    "while not (log.exists() and 'ready' in log.read_text()):\n    pass\n"
+)
+
+
+async def test_a_swarm_has_the_faults_of_its_file_notes_them_and_ends_well(tmp_path: Path) -> None:
+    file = tmp_path / "faults.toml"
+    file.write_text(FAULTS)
+    process = await local_swarm(
+        tmp_path, PATIENT, "--peers", "2", "--trainers", "2", "--steps", "3", "--faults", str(file)
+    )
+    _, stderr = await process.communicate()
+    assert process.returncode == 0, stderr.decode()
+    for said in (
+        b"step 0: suspended peer-0 (SIGSTOP)",
+        b"step 1: killed trainer-1 (SIGKILL)",
+        b"step 1: blackhole in front of peer-1 for 0.2 s",
+        b"step 2: killed peer-1 (SIGKILL), which hosts ",
+        b"step 2: starting peer-1 anew",
+    ):
+        assert said in stderr
+    notes = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
+    began = [(note["step"], note["target"], note["what"]) for note in notes if note["phase"] == "began"]
+    assert began == [
+        (0, "peer-0", "stop"),
+        (1, "trainer-1", "kill"),
+        (1, "peer-1", "blackhole"),
+        (2, "peer-1", "restart"),
+    ]
+    assert {"what": "restart", "phase": "ended"}.items() <= notes[-1].items() or notes[-1]["what"] == "blackhole"
+    peer, again = (json.loads((tmp_path / "logs" / f"peer-1{n}.log").read_text()) for n in ("", ".1"))
+    advertised = [argv[argv.index("--advertise") + 1] for argv in (peer["argv"], again["argv"])]
+    assert advertised[0] == advertised[1]
+
+
 async def test_a_trainer_that_fails_ends_the_swarm_with_its_last_words(tmp_path: Path) -> None:
     process = await local_swarm(tmp_path, "sys.exit('the loss is nan')", "--trainers", "2", "--peers", "1")
     stdout, stderr = await process.communicate()
@@ -190,8 +252,11 @@ async def test_a_trainer_that_fails_ends_the_swarm_with_its_last_words(tmp_path:
 
 
 async def test_a_swarm_that_would_not_do_what_was_asked_does_not_begin(tmp_path: Path) -> None:
+    faults = tmp_path / "faults.toml"
+    faults.write_text('[[fault]]\nat_step = 1\ntarget = "peer-9"\nwhat = "kill"\n')
     for wrong, complaint in (
         (("--kill-peer-at-step", "300"), b"kill_peer_at_step=300 is not one of the steps 0..299"),
+        (("--faults", str(faults)), b"fault.0.target: the run has no peer-9"),
         (("--resume", str(tmp_path / "nowhere")), b"No such file or directory"),
     ):
         process = await local_swarm(tmp_path, STEPS, *wrong)

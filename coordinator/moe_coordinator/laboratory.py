@@ -1,0 +1,230 @@
+"""Carries out a plan of faults on the processes of a local swarm and on the way to its peers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+from moe_coordinator.faults import Action, Fault, FaultPlan, advance, timetable
+from moe_coordinator.proxy import Proxy
+from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Supervisor
+
+FAULTS_FILE = "faults.jsonl"
+
+
+class Laboratory:
+    """Open it (`Laboratory.open`) inside the supervisor's context: it starts children, until it is left.
+
+    The swarm tells it of every member it has started (`add`) and of every step of the first trainer (`on_step`).
+    """
+
+    def __init__(
+        self,
+        plan: FaultPlan,
+        supervisor: Supervisor,
+        note: TextIO | None,
+        *,
+        say: Callable[[str], None],
+        ready_timeout_s: float,
+    ) -> None:
+        self.proxies: dict[str, Proxy] = {}
+        """By peer's name; peers that nothing ever happens on the way to have none."""
+        self.members: dict[str, Child] = {}
+        """By name; the latest of those that had it."""
+        self._plan = plan
+        self._supervisor = supervisor
+        self._note = note
+        self._say = say
+        self._ready_timeout_s = ready_timeout_s
+        self._specs: dict[str, ChildSpec] = {}
+        self._hosts: dict[str, str] = {}
+        self._restarts: dict[str, int] = {}
+        self._state = timetable(plan.fault)
+        self._step: int | None = None
+        self._changed = asyncio.Event()
+        # A start must not be cancelled half-way, with a process that nobody knows; what comes after it may be.
+        self._starting: set[asyncio.Task[None]] = set()
+        self._watching: set[asyncio.Task[None]] = set()
+        self._left = False
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        plan: FaultPlan,
+        supervisor: Supervisor,
+        out: Path,
+        *,
+        n_peers: int,
+        say: Callable[[str], None],
+        ready_timeout_s: float,
+    ) -> AsyncGenerator[Laboratory]:
+        """Proxies listen from here on; faults happen until this is left. They are noted in `out`/faults.jsonl."""
+        async with AsyncExitStack() as stack:
+            (out / FAULTS_FILE).unlink(missing_ok=True)
+            note = stack.enter_context((out / FAULTS_FILE).open("w", buffering=1)) if plan.fault else None
+            lab = cls(plan, supervisor, note, say=say, ready_timeout_s=ready_timeout_s)
+            for index in range(n_peers):
+                name = f"peer-{index}"
+                if plan.needs_proxy(name):
+                    up, down = plan.conditions(name, ())
+                    proxy = Proxy(seed=plan.seed * 1000 + index, up=up, down=down)
+                    lab.proxies[name] = await stack.enter_async_context(proxy)
+            lab._watching.add(asyncio.create_task(lab._keep_time()))
+            stack.push_async_callback(lab._leave)
+            yield lab
+
+    async def _leave(self) -> None:
+        self._left = True
+        for task in self._watching:
+            task.cancel()
+        tasks = self._starting | self._watching
+        await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled():
+                task.result()
+
+    def add(self, spec: ChildSpec, child: Child, *, hosts: str = "") -> None:
+        """A member of the swarm, which may be a fault's target; `hosts` says what is lost with it."""
+        self.members[spec.name] = child
+        self._specs[spec.name] = spec
+        self._hosts[spec.name] = hosts
+
+    async def ready(self, child: Child) -> str:
+        """Wait until a peer serves, and send its proxy's connections there; its address as others know it.
+
+        ChildError as of `Child.ready`.
+        """
+        event = await child.ready(self._ready_timeout_s)
+        if child.name in self.proxies:
+            self.proxies[child.name].target = str(event["listen"])
+        return str(event["address"])
+
+    def on_step(self, step: int) -> None:
+        """The first trainer has made this step. What is due then has happened when this returns."""
+        self._step = step
+        self._advance(step)
+        self._changed.set()
+
+    def _advance(self, step: int | None) -> None:
+        self._state, actions = advance(self._state, now_s=time.monotonic(), step=step)
+        for action in actions:
+            self._do(action)
+
+    async def _keep_time(self) -> None:
+        while True:
+            self._changed.clear()
+            next_s = self._state.next_s
+            try:
+                async with asyncio.timeout(None if next_s is None else max(0.0, next_s - time.monotonic())):
+                    await self._changed.wait()
+            except TimeoutError:
+                self._advance(None)
+
+    def _do(self, action: Action) -> None:
+        fault, began = action.fault, action.phase == "began"
+        child = self.members.get(fault.target)
+        if child is None:  # the first trainer was faster than the start of the others
+            self._say(f"step {self._step}: {fault.target} is not there yet: no {fault.what}")
+            return
+        done = "" if child.running or fault.on_network or (fault.what == "restart" and not began) else " (it has ended)"
+        match fault.what:
+            case "kill":
+                child.kill()
+            case "term":
+                child.terminate()
+            case "stop" if began:
+                child.suspend()
+            case "stop":
+                child.resume()
+            case "restart" if began:
+                child.kill()
+            case "restart":
+                self._starting.add(asyncio.create_task(self._restart(fault.target, child)))
+            case "cut" if began:
+                self.proxies[fault.target].cut(math.inf)
+            case "cut":
+                # Another cut of the same peer may last longer.
+                if not any(other.what == "cut" and other.target == fault.target for other in self._state.active):
+                    self.proxies[fault.target].end_cut()
+            case _:
+                proxy = self.proxies[fault.target]
+                proxy.up, proxy.down = self._plan.conditions(fault.target, self._state.active)
+        self._say(f"step {self._step}: {describe(action, hosts=self._hosts[fault.target])}{done}")
+        event = {"time_s": time.time(), "step": self._step, "what": fault.what, "target": fault.target}
+        assert self._note is not None
+        self._note.write(json.dumps({**event, "phase": action.phase}) + "\n")
+
+    async def _restart(self, name: str, old: Child) -> None:
+        await old.wait()  # it may have to give its port back
+        self._restarts[name] = self._restarts.get(name, 0) + 1
+        spec = replace(self._specs[name], log_suffix=f".{self._restarts[name]}")
+        # The coordinator may be gone; any peer is a way in.
+        for other in self.members.values():
+            if other.running and other.name != name and other.last.get("ready", {}).get("role") == "peer":
+                spec = replace(spec, argv=(*spec.argv, "--join", str(other.last["ready"]["dht"][0])))
+                break
+        if self._left:
+            return
+        child = await self._supervisor.start(spec)
+        self.members[name] = child
+        if not self._left:
+            self._watching.add(asyncio.create_task(self._greet(child)))
+
+    async def _greet(self, child: Child) -> None:
+        try:
+            self._say(f"{child.name} serves again at {await self.ready(child)}")
+        except ChildError as error:
+            if not child.stopping:  # else it was killed meanwhile
+                self._say(str(error))
+
+
+def describe(action: Action, *, hosts: str) -> str:
+    """What happens, for people: `killed peer-2 (SIGKILL), which hosts *.2`."""
+    fault, began = action.fault, action.phase == "began"
+    lost = f", which hosts {hosts}" if hosts else ""
+    match fault.what:
+        case "kill":
+            return f"killed {fault.target} (SIGKILL){lost}"
+        case "term":
+            return f"asked {fault.target} to leave (SIGTERM){lost}"
+        case "stop":
+            return f"suspended {fault.target} (SIGSTOP){_for(fault)}" if began else f"woke {fault.target} (SIGCONT)"
+        case "restart":
+            return f"killed {fault.target} (SIGKILL){lost}" if began else f"starting {fault.target} anew"
+        case _:
+            return f"{_network(fault)}{_for(fault)}" if began else f"{fault.what} of {fault.target} is over"
+
+
+def _network(fault: Fault) -> str:
+    match fault.what:
+        case "delay":
+            parts = {
+                "round_trip_s": fault.round_trip_s,
+                "jitter_s": fault.jitter_s,
+                "tail_probability": fault.tail_probability,
+                "tail_s": fault.tail_s,
+            }
+            text = ", ".join(f"{name} {value:g}" for name, value in parts.items() if value is not None)
+            return f"delayed {fault.target} ({text})"
+        case "bandwidth":
+            return f"limited {fault.target} to {fault.mib_s:g} MiB/s"
+        case "cut":
+            return f"cut {fault.target} off"
+        case "half_open":
+            return f"silenced the way {'to' if fault.direction == 'up' else 'from'} {fault.target}"
+        case "corrupt":
+            return f"damaging {fault.per_mib:g} bytes per MiB of {fault.target}"
+        case _:
+            return f"blackhole in front of {fault.target}"
+
+
+def _for(fault: Fault) -> str:
+    return "" if fault.duration_s is None else f" for {fault.duration_s:g} s"

@@ -166,11 +166,12 @@ class Laboratory:
         await old.wait()  # it may have to give its port back
         self._restarts[name] = self._restarts.get(name, 0) + 1
         spec = replace(self._specs[name], log_suffix=f".{self._restarts[name]}")
-        # The coordinator may be gone; any peer is a way in.
-        for other in self.members.values():
-            if other.running and other.name != name and other.last.get("ready", {}).get("role") == "peer":
-                spec = replace(spec, argv=(*spec.argv, "--join", str(other.last["ready"]["dht"][0])))
-                break
+        others = [other for other in self.members.values() if other.running and other.name != name]
+        ways = [str(other.last["ready"]["dht"][0]) for other in others if other.last.get("ready", {}).get("dht")]
+        if ways and not self.members["coordinator"].running:
+            # Any member is a way in. Asked as well, the dead coordinator would cost the whole --join-timeout-s.
+            at = spec.argv.index("--join")
+            spec = replace(spec, argv=(*spec.argv[: at + 1], ways[0], *spec.argv[at + 2 :]))
         if self._left:
             return
         child = await self._supervisor.start(spec)

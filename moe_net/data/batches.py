@@ -109,6 +109,31 @@ class Batches:
         """Targets in one step of all trainers."""
         return self._n_trainers * self._n_micro * self._sequences * self._seq_len
 
+    @property
+    def n_micro(self) -> int:
+        """Micro-batches of a trainer's step."""
+        return self._n_micro
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of a trainer's step."""
+        return self._n_micro * self._sequences
+
+    def cut(self, n_micro: int) -> Batches:
+        """The same steps, of the same samples in the same order, in `n_micro` micro-batches; ValueError when their
+        sequences cannot be dealt out to so many."""
+        sequences = self.sequences_per_step
+        if n_micro < 1 or sequences % n_micro:
+            raise ValueError(f"{sequences} sequences cannot be cut into {n_micro} micro-batches")
+        return Batches(
+            self._tokens,
+            seq_len=self._seq_len,
+            sequences_per_micro=sequences // n_micro,
+            n_trainers=self._n_trainers,
+            n_micro=n_micro,
+            seed=self._seed,
+        )
+
     def epoch_of(self, step: int) -> float:
         """Epochs seen when `step` begins."""
         return step * self._n_trainers * self._n_micro * self._sequences / self.n_windows

@@ -12,6 +12,7 @@ reaches the servers is already g/Z and the part of the gate gradient that goes t
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -30,6 +31,8 @@ class Runner(Protocol):
     """Runs the swarm's coroutines for synchronous code: `rpc.portal.Portal` is one."""
 
     def run(self, work: Coroutine[Any, Any, ResultT], /) -> ResultT: ...
+
+    def submit(self, work: Coroutine[Any, Any, ResultT], /) -> Future[ResultT]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +78,9 @@ class _RemoteSum(torch.autograd.Function):
 class RemoteMoE(nn.Module):
     """Router of one layer, its experts behind a swarm. Use it inside any PyTorch model.
 
-    `step` names the optimizer step the rows belong to; the owner sets it before the step's first forward.
+    `step` names the optimizer step the rows belong to; the owner sets it before the step's first forward, and may give
+    the layer another `link` between two steps. Nothing here changes during a step: any number of micro-batches may be
+    in flight, each on a thread of its own.
     """
 
     def __init__(self, config: ModelConfig, layer: int, link: SwarmLink) -> None:
@@ -85,21 +90,21 @@ class RemoteMoE(nn.Module):
         self.combine = config.router.combine
         self.router = Router(config.router, config.d_model, config.n_experts, layer=layer)
         self.step = 0
-        self._link = link
+        self.link = link
 
     def forward(self, h_BSD: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Routing]:
         """(B, S, D) -> (B, S, D) and the routing, with its losses; experts that did not answer are not in y."""
-        live_E = self._link.swarm.live(self.layer, self.n_experts)
-        bound = self.router.config.latency_bias
-        bias_E = self._link.swarm.latency_bias(self.layer, self.n_experts, bound=bound)
+        swarm, bound = self.link.swarm, self.router.config.latency_bias
+        live_E = swarm.live(self.layer, self.n_experts)
+        bias_E = swarm.latency_bias(self.layer, self.n_experts, bound=bound)
         routing = self.router(h_BSD, live_E=live_E, bias_E=bias_E, generator=generator)
         x_TD = h_BSD.reshape(-1, h_BSD.shape[-1])
         ids_TK, gates_TK = routing.expert_ids_TK, routing.gates_TK
         if torch.is_grad_enabled():
-            sum_TD, answered_TK = _RemoteSum.apply(x_TD, gates_TK, ids_TK, self._link, self.layer, self.step)  # type: ignore[misc]
+            sum_TD, answered_TK = _RemoteSum.apply(x_TD, gates_TK, ids_TK, self.link, self.layer, self.step)  # type: ignore[misc]
         else:
-            result = self._link.runner.run(
-                self._link.swarm.forward(
+            result = self.link.runner.run(
+                self.link.swarm.forward(
                     self.layer, x_TD.float().contiguous(), ids_TK, gates_TK.float(), step=self.step, train=False
                 )
             )

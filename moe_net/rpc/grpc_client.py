@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_net.errors import CheckpointError, LimitError, WireError
 from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.base import CallError, CallFailure
+from moe_net.rpc.served import note_served
 from moe_net.types import ExpertShape, PeerInfo
 from moe_net.wire import codec
 from moe_net.wire.messages import (
@@ -126,6 +127,7 @@ class GrpcTransport:
         )
         _same_shape(peer, answer.y_RD, call.rows.x_RD)
         _only_asked(peer, (*answer.failed_experts, *answer.versions), call.rows.expert_index_P)
+        note_served(answer)
         return answer
 
     async def backward(self, peer: PeerInfo, call: BackwardCall, *, timeout_s: float) -> BackwardAnswer:
@@ -134,6 +136,7 @@ class GrpcTransport:
             peer, "Backward", request, lambda data: codec.decode_backward_answer(data, self._limits), timeout_s
         )
         _same_shape(peer, answer.dx_RD, call.grad_RD)
+        note_served(answer)
         return answer
 
     async def commit(self, peer: PeerInfo, call: CommitCall, *, timeout_s: float) -> CommitAnswer:

@@ -11,6 +11,7 @@ import tyro
 from moe_net.discovery.listen import advertised_address, check_listen, dht_multiaddr
 from moe_net.model.config import ModelConfig
 from moe_net.types import ExpertId
+from moe_peer.cut import Cut, open_cuts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +109,12 @@ class TrainConfig:
     """How many trainers the run has: the data is dealt out to them. They share the experts; each has its own trunk."""
     sequences: int = 16
     """Sequences in one step of this trainer."""
-    micro_batches: int = 1
-    """Parts that a step is cut into, one after the other, to save memory; must divide the sequences."""
+    micro_batches: int = 0
+    """Parts that a step is cut into; must divide the sequences. 0: chosen after a few steps, from the measured round
+    trip and compute time. (Router losses and capacity are those of a micro-batch.)"""
+    in_flight: int = 0
+    """Micro-batches at once: while one waits for its experts, another computes. 0: chosen likewise; 1: one after the
+    other, which takes the least memory."""
     eval_every: int = 50
     """Steps between evaluations on held-out text."""
     eval_batches: int = 8
@@ -144,7 +149,7 @@ class TrainConfig:
         at_least_one = {
             name: getattr(self, name)
             for name in (
-                "max_data_mib", "steps", "trainers", "sequences", "micro_batches", "eval_every", "eval_batches",
+                "max_data_mib", "steps", "trainers", "sequences", "eval_every", "eval_batches",
                 "drop_window_steps", "min_experts_per_token",
             )
         }  # fmt: skip
@@ -153,8 +158,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not 0 <= self.trainer_index < self.trainers:
             raise ValueError(f"trainer_index={self.trainer_index} is not in 0..trainers-1={self.trainers - 1}")
-        if self.sequences % self.micro_batches:
-            raise ValueError(f"micro_batches={self.micro_batches} does not divide sequences={self.sequences}")
+        self.cuts  # noqa: B018  contradictions are found now
         if not 0 <= self.max_dropped_fraction <= 1:
             raise ValueError("max_dropped_fraction must be in 0..1")
         if min(self.checkpoint_every, self.max_staleness, self.sample_tokens) < 0:
@@ -163,6 +167,11 @@ class TrainConfig:
             raise ValueError("wait_s, call_timeout_s and fetch_timeout_s must be positive")
         if self.threads is not None and self.threads < 1:
             raise ValueError("threads must be at least 1")
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What `micro_batches` and `in_flight` leave open."""
+        return open_cuts(sequences=self.sequences, micro_batches=self.micro_batches, in_flight=self.in_flight)
 
 
 def parse_experts(spec: str, model: ModelConfig) -> tuple[ExpertId, ...]:

@@ -59,6 +59,10 @@ class StepMetrics:
     """Of this step."""
     load_evenness: float = 1.0
     """As `load_evenness` gives it: 1 when all experts get the same share of the pairs."""
+    in_flight: int = 1
+    """Micro-batches at once."""
+    wait_s: float = 0.0
+    """Of `step_s`, when the trainer computed nothing, because every micro-batch in flight waited for its experts."""
 
     @property
     def tokens_per_s(self) -> float:

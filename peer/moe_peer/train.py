@@ -249,6 +249,8 @@ class _Session:
             staleness_mean=(now.staleness_sum - then.staleness_sum) / answers if answers else 0.0,
             staleness_max=now.staleness_max,
             load_evenness=load_evenness(result.load_LE.tolist()),
+            in_flight=result.in_flight,
+            wait_s=result.wait_s,
         )
 
     def _text_bytes(self, step: int) -> int:
@@ -256,7 +258,7 @@ class _Session:
             return 0
         return sum(
             self.text.tokenizer.bytes_of(row[1:])
-            for micro in range(self.config.micro_batches)
+            for micro in range(self.trainer.batches.n_micro)
             for row in self.trainer.batches.batch(BatchId(step, self.config.trainer_index, micro))
         )
 
@@ -325,16 +327,16 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop
     batches = Batches(
         text.train,
         seq_len=run.model.seq_len,
-        sequences_per_micro=config.sequences // config.micro_batches,
+        sequences_per_micro=config.sequences,
         n_trainers=config.trainers,
-        n_micro=config.micro_batches,
         seed=run.seed,
     )
-    model = build_model(run, member.link)
+    first = config.cuts[0]
     trainer = Trainer(
-        run=run, model=model, link=member.link, batches=batches,
-        index=config.trainer_index, n_micro=config.micro_batches,
+        run=run, model=build_model(run, member.link), link=member.link, batches=batches, index=config.trainer_index,
+        n_micro=first.micro_batches, in_flight=first.in_flight, choices=config.cuts,
     )  # fmt: skip
+    stack.enter_context(trainer)
     resumed = None if config.resume is None else _resume(config, config.resume, text, trainer, member, faults)
     set_aside_later(config.out / "checkpoints", trainer.step)
     metrics = stack.enter_context(MetricsLog(config.out / "metrics.jsonl", resume_step=trainer.step))

@@ -9,8 +9,11 @@ is cut into micro-batches or dealt out to trainers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -19,10 +22,12 @@ from torch import Tensor, nn
 
 from moe_net.config import RunConfig
 from moe_net.data.batches import Batches, BatchId
-from moe_net.errors import NoLiveExpertsError
 from moe_net.model.losses import auxiliary_loss
 from moe_net.model.remote_moe import RemoteMoE, SwarmLink
 from moe_net.model.transformer import Transformer
+from moe_peer.cut import Cut
+from moe_peer.pipeline import Pipeline
+from moe_peer.tuning import Tuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,10 @@ class StepResult:
     """(token, expert) pairs that the capacity factor left out."""
     load_LE: Tensor
     """float [MoE layers, experts]: pairs per expert."""
+    in_flight: int = 1
+    """Micro-batches at once."""
+    wait_s: float = 0.0
+    """Nothing was computed here, because every micro-batch in flight waited for its experts."""
 
 
 def build_model(run: RunConfig, link: SwarmLink) -> Transformer:
@@ -47,21 +56,51 @@ def build_model(run: RunConfig, link: SwarmLink) -> Transformer:
     return Transformer(run.model, lambda layer: RemoteMoE(run.model, layer, link), seed=run.seed)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """One micro-batch, done."""
+
+    sums: Tensor
+    """float64 [3]: cross-entropy, balance loss and z-loss, each times the tokens."""
+    tokens: int
+    overflowed: int
+    load_LE: Tensor
+    gradients: tuple[Tensor | None, ...]
+    """One per parameter of the trunk."""
+
+
 class Trainer:
-    """Trunk, its optimizer, and the trainer's place in the data."""
+    """Trunk, its optimizer, and the trainer's place in the data. A context manager: it owns the pipeline's threads."""
 
     def __init__(
-        self, *, run: RunConfig, model: Transformer, link: SwarmLink, batches: Batches, index: int = 0, n_micro: int = 1
+        self,
+        *,
+        run: RunConfig,
+        model: Transformer,
+        link: SwarmLink,
+        batches: Batches,
+        index: int = 0,
+        n_micro: int = 1,
+        in_flight: int = 1,
+        choices: Sequence[Cut] = (),
     ) -> None:
+        """`choices`: the cuts of which one is chosen after a few steps; until then it is n_micro and in_flight."""
         self.run = run
         self.model = model
         self.step = 0
         """The next step to make."""
         self._link = link
-        self.batches = batches
+        self.batches = batches.cut(n_micro)
+        self.in_flight = in_flight
+        """Micro-batches at once."""
         self._index = index
-        self._n_micro = n_micro
+        self._pipeline = Pipeline(link.runner)
+        self._tuning = Tuning(choices) if len(choices) > 1 else None
+        self._pipeline.keep_waits = self._tuning is not None
         self._moe = [module for module in model.modules() if isinstance(module, RemoteMoE)]
+        for moe in self._moe:
+            moe.link = replace(link, runner=self._pipeline)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             model.parameter_groups(run.optimizer),
             lr=run.optimizer.learning_rate,
@@ -69,11 +108,19 @@ class Trainer:
             eps=run.optimizer.eps,
         )
 
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipeline.close()
+
     def train_step(self) -> StepResult:
         """Make step `self.step`: forward and backward of its micro-batches, trunk update, commit to the peers.
 
-        NoLiveExpertsError, with nothing changed, when a layer has none; from the second micro-batch on, the step is
-        made of those before.
+        NoLiveExpertsError, with nothing changed, when a layer has none; once gradients are with the peers, the step is
+        made of the micro-batches that are whole.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -82,27 +129,21 @@ class Trainer:
         load_LE = torch.zeros(len(self._moe), self.run.model.n_experts)
         for moe in self._moe:
             moe.step = self.step
-        for micro in range(self._n_micro):
-            rows = torch.from_numpy(self.batches.batch(BatchId(self.step, self._index, micro)))
-            inputs_BS, targets_BS = rows[:, :-1], rows[:, 1:]
-            n = targets_BS.numel()
-            try:
-                logits_BSV, routings = self.model(inputs_BS, generator=self._jitter_generator(micro))
-            except NoLiveExpertsError:
-                if tokens == 0:
-                    raise
-                break  # The gradients of the first micro-batches are with the peers already: the step ends with them.
-            loss = F.cross_entropy(logits_BSV.reshape(n, -1).float(), targets_BS.reshape(n), reduction="sum")
-            total = loss
-            for i, routing in enumerate(routings):
-                balance, z = routing.balance_loss, routing.z_loss
-                total = total + n * auxiliary_loss(balance, z, self.run.model.router)
-                sums[1:] += n / len(routings) * torch.stack([balance.detach(), z.detach()]).double()
-                overflowed += int(routing.overflow)
-                load_LE[i] += routing.load_E
-            total.backward()
-            sums[0] += loss.detach().double()
-            tokens += n
+
+        def take(part: _Part) -> None:
+            nonlocal sums, tokens, overflowed
+            sums += part.sums
+            tokens += part.tokens
+            overflowed += part.overflowed
+            load_LE.add_(part.load_LE)
+            self._add_gradients(part.gradients)
+
+        in_flight, waits = self.in_flight, self._pipeline.waits
+        idle_s, started_s = waits.idle_s, time.perf_counter()
+        self._pipeline.each(self._micro_batch, take, n=self.batches.n_micro, in_flight=in_flight)
+        wait_s = waits.idle_s - idle_s
+        if self._tuning is not None:
+            self._tune(self._tuning, time.perf_counter() - started_s - wait_s)
         grad_norm = self._update_trunk(tokens)
         self._link.runner.run(self._link.swarm.commit(self.step, tokens))
         for moe, load_E in zip(self._moe, load_LE, strict=True):
@@ -111,8 +152,52 @@ class Trainer:
         loss_mean, balance_mean, z_mean = (sums / tokens).tolist()
         return StepResult(
             loss=loss_mean, balance_loss=balance_mean, z_loss=z_mean, grad_norm=grad_norm, tokens=tokens,
-            overflowed_pairs=overflowed, load_LE=load_LE,
+            overflowed_pairs=overflowed, load_LE=load_LE, in_flight=in_flight, wait_s=wait_s,
         )  # fmt: skip
+
+    def _micro_batch(self, micro: int) -> _Part:
+        """Forward and backward of one micro-batch; on a thread of the pipeline when several are in flight."""
+        rows = torch.from_numpy(self.batches.batch(BatchId(self.step, self._index, micro)))
+        inputs_BS, targets_BS = rows[:, :-1], rows[:, 1:]
+        n = targets_BS.numel()
+        with nullcontext() if self._tuning is None else self._tuning.noting_graph(self._parameters, len(rows)):
+            logits_BSV, routings = self.model(inputs_BS, generator=self._jitter_generator(micro))
+        loss = F.cross_entropy(logits_BSV.reshape(n, -1).float(), targets_BS.reshape(n), reduction="sum")
+        total = loss
+        sums = torch.zeros(3, dtype=torch.float64)
+        sums[0] = loss.detach().double()
+        for routing in routings:
+            balance, z = routing.balance_loss, routing.z_loss
+            total = total + n * auxiliary_loss(balance, z, self.run.model.router)
+            sums[1:] += n / len(routings) * torch.stack([balance.detach(), z.detach()]).double()
+        self._pipeline.pass_return()
+        return _Part(
+            # Not `backward()`, which adds to the parameters in the order in which micro-batches come back.
+            gradients=torch.autograd.grad(total, self._parameters, allow_unused=True),
+            sums=sums,
+            tokens=n,
+            overflowed=sum(int(routing.overflow) for routing in routings),
+            load_LE=torch.stack([routing.load_E for routing in routings]) if routings else torch.zeros(0),
+        )
+
+    def _add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        for p, gradient in zip(self._parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if p.grad is None:
+                # A copy: autograd may give two parameters one tensor, or an expanded one.
+                p.grad = torch.empty_like(p).copy_(gradient)
+            else:
+                p.grad += gradient
+
+    def _tune(self, tuning: Tuning, compute_s: float) -> None:
+        waits = self._pipeline.waits
+        tuning.note(compute_s, waits.network_s)
+        waits.network_s = []
+        if tuning.is_complete:
+            cut = tuning.choose(self.batches.sequences_per_step, trips=2 * len(self._moe))
+            self.batches, self.in_flight = self.batches.cut(cut.micro_batches), cut.in_flight
+            self._tuning, self._pipeline.keep_waits = None, False
 
     def _jitter_generator(self, micro: int) -> torch.Generator:
         # Keyed by position, not carried along: a resumed run draws what the uninterrupted one would have drawn.
@@ -131,16 +216,25 @@ class Trainer:
         self.optimizer.step()
         return float(grad_norm)
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[np.ndarray]) -> tuple[float, int]:
-        """Sum of the token losses in nats, and the number of tokens, over batches [B, S+1]."""
+        """Sum of the token losses in nats, and the number of tokens, over batches [B, S+1]; as many at once as
+        micro-batches of a step."""
         self.model.eval()
+        work = list(batches)
         total, tokens = 0.0, 0
-        for batch in batches:
-            rows = torch.from_numpy(batch)
+
+        @torch.no_grad()  # here, for it holds for one thread
+        def evaluate_one(i: int) -> tuple[float, int]:
+            rows = torch.from_numpy(work[i])
             targets_BS = rows[:, 1:]
             logits_BSV, _ = self.model(rows[:, :-1])
             n = targets_BS.numel()
-            total += float(F.cross_entropy(logits_BSV.reshape(n, -1).float(), targets_BS.reshape(n), reduction="sum"))
-            tokens += n
+            return float(F.cross_entropy(logits_BSV.reshape(n, -1).float(), targets_BS.reshape(n), reduction="sum")), n
+
+        def take(part: tuple[float, int]) -> None:
+            nonlocal total, tokens
+            total += part[0]
+            tokens += part[1]
+
+        self._pipeline.each(evaluate_one, take, n=len(work), in_flight=self.in_flight)
         return total, tokens

@@ -40,6 +40,15 @@ def test_micro_batches_change_nothing_but_the_order_of_sums() -> None:
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("in_flight", [2, 4])
+def test_micro_batches_in_flight_learn_what_one_process_learns(in_flight: int) -> None:
+    run = small_run(balance_loss=0.0)
+    expected = single_process_losses(run, STEPS)
+    with remote_link(run, n_peers=3) as (link, _), make_trainer(run, link, n_micro=4, in_flight=in_flight) as trainer:
+        losses = [trainer.train_step().loss for _ in range(STEPS)]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
 def test_same_seed_and_swarm_give_the_same_losses_to_the_bit() -> None:
     run = small_run(jitter=0.05)
 

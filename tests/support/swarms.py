@@ -148,7 +148,9 @@ def remote_link(
             portal.run(serving.__aexit__(None, None, None))
 
 
-def make_trainer(run: RunConfig, link: SwarmLink, *, n_micro: int = 1) -> Trainer:
+def make_trainer(run: RunConfig, link: SwarmLink, *, n_micro: int = 1, in_flight: int = 1) -> Trainer:
+    """With several in flight, close it (`with`): it has threads then."""
     return Trainer(
-        run=run, model=build_model(run, link), link=link, batches=text_batches(run, n_micro=n_micro), n_micro=n_micro
-    )
+        run=run, model=build_model(run, link), link=link, batches=text_batches(run), n_micro=n_micro,
+        in_flight=in_flight,
+    )  # fmt: skip

@@ -112,6 +112,16 @@ def test_cutting_a_step_into_micro_batches_changes_no_sample_and_no_order(
     for trainer in range(trainers):
         assert np.array_equal(step_of(*cut, trainer), step_of(1, 12, trainer))
 
+    cut_later = Batches(tokens, seq_len=8, sequences_per_micro=12, n_trainers=trainers, seed=seed).cut(cut[0])
+    parts = [cut_later.batch(BatchId(step, trainers - 1, micro)) for micro in range(cut_later.n_micro)]
+    assert np.array_equal(np.concatenate(parts), step_of(*cut, trainers - 1))
+
+
+def test_a_step_is_cut_into_equal_parts_only() -> None:
+    batches = Batches(np.arange(500), seq_len=8, sequences_per_micro=12)
+    with pytest.raises(ValueError, match="12 sequences cannot be cut into 5"):
+        batches.cut(5)
+
 
 def test_a_new_process_goes_on_where_the_old_one_stopped() -> None:
     tokens = np.arange(5000) % 251

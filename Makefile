@@ -30,6 +30,7 @@ protos: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/discovery.py
+	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/vs_hivemind.py
 	$(BIN)/python benchmarks/wire.py
 

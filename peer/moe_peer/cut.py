@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 
-# Below this a wait for a layer is no network: on one machine gRPC, codec and scheduler take 1 to 5 ms, and a few
-# micro-batches would cost as much again. So a swarm on one machine keeps one micro-batch, and its runs repeat bit by
-# bit.
-LOCAL_WAIT_S = 0.010
+# Where the shortest wait for a layer is below this, there is no network: on one machine gRPC, codec and scheduler take
+# 1 to 6 ms, and more micro-batches would cost as much again. So a swarm on one machine keeps one, and its runs repeat
+# bit by bit. The shortest, for that does not grow when the machine is busy with other things.
+LOCAL_WAIT_S = 0.008
 # A micro-batch costs this per layer and direction beyond its share of the work: calls, small matrices.
 OVERHEAD_S = 0.001
 # A cut that is more than this much slower than the best is not taken for being smaller.
@@ -48,6 +48,8 @@ class Measured:
     """W above."""
     trips: int
     """Waits in W: two a layer."""
+    shortest_wait_s: float
+    """Of all single waits."""
 
 
 def measured(compute_s: Sequence[float], waits_s: Sequence[float], *, trips: int) -> Measured:
@@ -56,7 +58,9 @@ def measured(compute_s: Sequence[float], waits_s: Sequence[float], *, trips: int
     The lower quartile of either: a busy machine makes some of both longer, but no round trip shorter.
     """
     low = _lower_quartile(waits_s)
-    return Measured(compute_s=_lower_quartile(compute_s), wait_s=low * trips, trips=trips)
+    return Measured(
+        compute_s=_lower_quartile(compute_s), wait_s=low * trips, trips=trips, shortest_wait_s=min(waits_s, default=0.0)
+    )
 
 
 def _lower_quartile(values: Sequence[float]) -> float:
@@ -99,7 +103,7 @@ def choose_in_flight(cuts: Sequence[Cut], seen: Measured, *, sequences: int, max
         sequences: of a step.
         max_sequences: that memory has room for in flight; the first cut is taken to fit.
     """
-    if seen.wait_s < LOCAL_WAIT_S * seen.trips:
+    if seen.shortest_wait_s < LOCAL_WAIT_S:
         return cuts[0]
     fitting = [cut for cut in cuts if cut is cuts[0] or cut.sequences_alive(sequences) <= max_sequences]
     best_s = min(predicted_s(cut, seen) for cut in fitting)

@@ -253,9 +253,9 @@ class Pipeline:
         the pipeline, one of them at any moment, apart from `run`; at most `2 * in_flight` results wait for an older
         one.
 
-        NoLiveExpertsError out of a `work` ends it early: when no other has passed return (`pass_return`), it is raised,
-        and nothing was taken or remains; else those past return are finished and taken, and the rest is left out.
-        Anything else is raised as soon as all have stopped, their waits cancelled.
+        NoLiveExpertsError out of a `work` ends it early: when none has passed return (`pass_return`), it is raised;
+        else those past return are finished and taken, and the rest is left out. Anything else is raised as soon as all
+        have stopped, their waits cancelled.
         """
         if min(n, in_flight) <= 1:
             self._one_by_one(work, take, n)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_net.client import host_here, make_banks
 from moe_net.config import RunConfig
-from moe_net.errors import NoLiveExpertsError
+from moe_net.errors import DivergedError, NoLiveExpertsError
 from moe_net.experts.host import ExpertHost
 from moe_net.model.remote_moe import SwarmLink
 from moe_net.model.transformer import Transformer
@@ -157,10 +157,10 @@ def test_calls_of_all_micro_batches_are_under_way_at_once() -> None:
 class Watched(Transformer):
     """Counts its outputs that are still alive, each of which holds its graph, and counts its calls."""
 
-    def watch(self, *, lost: int | None = None) -> None:
+    def watch(self, *, lost: int | None = None, infinite: int | None = None) -> None:
         self.outputs: list[weakref.ref[Tensor]] = []
         self.most_alive = 0
-        self._lost = lost
+        self._lost, self._infinite = lost, infinite
 
     def forward(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
         self.outputs.append(weakref.ref(torch.empty(0)))
@@ -171,14 +171,16 @@ class Watched(Transformer):
         # Of the graph's last node: it goes when the graph goes.
         self.outputs[number] = weakref.ref(output.logits_BSV)
         self.most_alive = max(self.most_alive, sum(ref() is not None for ref in self.outputs))
+        if number == self._infinite:
+            return output._replace(logits_BSV=output.logits_BSV * torch.inf)
         return output
 
 
-def watched(trainer: Trainer, *, lost: int | None = None) -> Watched:
+def watched(trainer: Trainer, *, lost: int | None = None, infinite: int | None = None) -> Watched:
     model = trainer.model
     model.__class__ = Watched
     assert isinstance(model, Watched)
-    model.watch(lost=lost)
+    model.watch(lost=lost, infinite=infinite)
     return model
 
 
@@ -213,6 +215,21 @@ def test_experts_lost_in_the_second_of_four_leave_a_step_that_can_be_made_or_mad
                 assert result.tokens in (16, 32, 48)
                 assert trainer.step == 1
                 assert trainer.train_step().tokens == run.global_batch_tokens
+
+
+def test_a_gradient_that_is_not_finite_ends_the_step_and_leaves_no_thread_busy() -> None:
+    """One of four diverges; waits of the others, in the middle of their backward too, are cancelled."""
+    run = small_run()
+    for _ in range(5):
+        with (
+            two_servers(run, max_batch_rows=1) as (link, _),
+            make_trainer(run, link, n_micro=4, in_flight=4) as trainer,
+        ):
+            watched(trainer, infinite=1)
+            with pytest.raises(DivergedError):
+                trainer.train_step()
+            assert trainer.step == 0
+            assert trainer.train_step().tokens == run.global_batch_tokens
 
 
 @pytest.mark.parametrize("in_flight", [1, 3])

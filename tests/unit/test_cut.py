@@ -14,7 +14,7 @@ ALL = open_cuts(sequences=64, micro_batches=0, in_flight=0)
 
 
 def chosen(compute_s: float, trip_s: float, cuts: tuple[Cut, ...] = ALL, **more: float) -> Cut:
-    seen = Measured(compute_s=compute_s, wait_s=trip_s * TRIPS, trips=TRIPS)
+    seen = Measured(compute_s=compute_s, wait_s=trip_s * TRIPS, trips=TRIPS, shortest_wait_s=trip_s)
     return choose_in_flight(cuts, seen, sequences=64, **more)
 
 
@@ -55,7 +55,7 @@ def test_the_choice_is_open_fits_and_is_nearly_the_best(
     compute_s: float, trip_s: float, sequences: int, max_sequences: float
 ) -> None:
     cuts = open_cuts(sequences=sequences, micro_batches=0, in_flight=0)
-    seen = Measured(compute_s=compute_s, wait_s=trip_s * TRIPS, trips=TRIPS)
+    seen = Measured(compute_s=compute_s, wait_s=trip_s * TRIPS, trips=TRIPS, shortest_wait_s=trip_s)
     cut = choose_in_flight(cuts, seen, sequences=sequences, max_sequences=max_sequences)
     assert cut in cuts
     fitting = [c for c in cuts if c.sequences_alive(sequences) <= max_sequences]
@@ -63,6 +63,11 @@ def test_the_choice_is_open_fits_and_is_nearly_the_best(
     if cut != cuts[0]:
         assert predicted_s(cut, seen) < predicted_s(cuts[0], seen)
         assert all(predicted_s(cut, seen) <= GOOD_ENOUGH * predicted_s(c, seen) for c in fitting)
+
+
+def test_a_loopback_swarm_on_a_busy_machine_is_still_one() -> None:
+    seen = measured([1.0, 1.5, 1.2], [0.002, *[0.05] * 23], trips=TRIPS)
+    assert choose_in_flight(ALL, seen, sequences=64) == ALL[0]
 
 
 def test_one_slow_wait_of_many_is_not_taken_for_the_network() -> None:

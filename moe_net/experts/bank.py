@@ -81,6 +81,9 @@ class ExpertBank:
         self._weights = ExpertWeights(w_in_EDH, w_out_EFD, shape.activation)
         self._optimizer = StackedAdamW(w_in_EDH, w_out_EFD, optimizer)
         self._generation = 0  # of the weights: counts everything that changes them
+        # Pairs (row, expert) whose gradients are in the sums, and in the weights.
+        self._summed_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
+        self._stepped_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +93,11 @@ class ExpertBank:
     def versions(self) -> dict[int, int]:
         """Expert index -> optimizer steps made."""
         return dict(zip(self.indices, self._optimizer.versions, strict=True))
+
+    @property
+    def stepped_rows(self) -> dict[int, int]:
+        """Expert index -> rows whose gradients it has stepped on, since this bank was made."""
+        return dict(zip(self.indices, self._stepped_rows_E.tolist(), strict=True))
 
     def slots(self, expert_index: Tensor) -> Tensor:
         """int64 slots of the same shape; -1 for an index that is not hosted here."""
@@ -125,8 +133,26 @@ class ExpertBank:
         kernel = saved.kernel if saved is not None and saved.generation == self._generation else None
         dy, x, slots, gates = (value.to(self.device) for value in (dy_RD, x_RD, slots_RK, gates_RK))
         weight_grads = self._optimizer.grads if accumulate else None
+        if accumulate:
+            self._summed_rows_E += self._rows_by_slot(slots_RK)
         dx_RD, dgates_RK = moe_ffn_backward(dy, x, slots, gates, self._weights, kernel, weight_grads=weight_grads)
         return dx_RD.to(x_RD.device), dgates_RK.to(gates_RK.device)
+
+    def subtract(self, dy_RD: Tensor, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor) -> None:
+        """Take a gradient that was added out of the sums, as it would be at the weights of now: exact up to rounding
+        (of the sum, and of what was added since) if these have not changed."""
+        self.backward(-dy_RD, x_RD, slots_RK, gates_RK, None)
+        self._summed_rows_E -= 2 * self._rows_by_slot(slots_RK)
+        self._summed_rows_E.clamp_(min=0)  # added before the last step, and counted in that
+
+    def clear_grads(self) -> None:
+        """The gradient sums start again at zero."""
+        for grad in self._optimizer.grads:
+            grad.zero_()
+        self._summed_rows_E.zero_()
+
+    def _rows_by_slot(self, slots_RK: Tensor) -> Tensor:
+        return torch.bincount(slots_RK.reshape(-1) + 1, minlength=len(self.indices) + 1)[1:].cpu()
 
     def commit(self, tokens: int) -> bool:
         """Count `tokens` whose gradients are complete; True if that was the batch, and the experts made their step."""
@@ -137,6 +163,8 @@ class ExpertBank:
             return False
         self._optimizer.step(self.committed_tokens)
         self._generation += 1
+        self._stepped_rows_E += self._summed_rows_E
+        self._summed_rows_E.zero_()
         self.committed_tokens = 0
         return True
 
@@ -193,6 +221,7 @@ class ExpertBank:
                     stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
                 else:
                     stack[slot].zero_()
+            self._summed_rows_E[slot] = 0
         self._generation += 1
 
     def _check_state(self, state: Mapping[str, Tensor]) -> list[int]:

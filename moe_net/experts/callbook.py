@@ -17,6 +17,7 @@ gradient, or of a commit, that comes later than that counts a second time. No Ba
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -75,6 +76,8 @@ class _Trainer:
     """Call id -> step, of steps not committed yet."""
     seen_s: float = 0.0
     """When it last added a gradient or committed."""
+    voids: tuple[int, int] = (0, 0)
+    """What the commit of `last_committed_step` answered: taken out, could not be taken out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +258,21 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
         while self._reply_bytes > self._reply_limit_bytes:
             self._drop_reply(next(iter(self._replies)))
 
+    def applied_among(self, trainer: str, step: int, call_ids: Sequence[bytes]) -> list[tuple[bytes, CallFacts]]:
+        """Those of `call_ids`, each once, whose gradients `trainer` had added in steps up to `step` that it has not
+        committed. Nobody voids a stranger's gradient."""
+        known = ((call_id, self._applied.get(call_id)) for call_id in dict.fromkeys(call_ids))
+        return [(i, facts) for i, facts in known if facts and facts.trainer == trainer and facts.step <= step]
+
+    def note_voids(self, trainer: str, voided: int, failed: int) -> None:
+        """What the trainer's last commit answered, for its repetitions."""
+        self._trainers[trainer].voids = (voided, failed)
+
+    def voids_of(self, trainer: str, step: int) -> tuple[int, int]:
+        """(taken out, could not be taken out) as the commit of `step` answered; zeros unless it was the last one."""
+        known = self._trainers.get(trainer)
+        return known.voids if known is not None and known.last_committed_step == step else (0, 0)
+
     def commit(self, trainer: str, step: int) -> bool:
         """Close every step of `trainer` up to `step`; False when that was done before.
 
@@ -266,6 +284,7 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
         self._check_trainer_room(trainer)
         known = self._seen(trainer)
         known.last_committed_step = step
+        known.voids = (0, 0)
         for call_id in [i for i, applied_step in known.applied.items() if applied_step <= step]:
             del known.applied[call_id]
             del self._applied[call_id]

@@ -5,6 +5,7 @@ R rows, D model width, K most experts of any row, P (row, expert) pairs; merged 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 from moe_net.errors import ExpertCallError, UnknownExpertError, WireError
 from moe_net.experts.bank import BankSaved, ExpertBank
 from moe_net.experts.callbook import BookSizes, CallBook, CallFacts
+from moe_net.experts.journal import Entry, Journal
 from moe_net.types import ExpertId, ExpertShape
 from moe_net.wire.messages import (
     BackwardAnswer,
@@ -25,6 +27,8 @@ from moe_net.wire.messages import (
     ForwardCall,
     RoutedRows,
 )
+
+log = logging.getLogger(__name__)
 
 MIB = 2**20
 
@@ -64,10 +68,12 @@ class ExpertHost:
         *,
         cache_bytes: int = 256 * MIB,
         reply_bytes: int = 64 * MIB,
+        journal_bytes: int = 256 * MIB,
         book: CallBook[RoutedRows, BankSaved, BackwardAnswer] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`cache_bytes` for inputs that wait for their Backward, `reply_bytes` for answers that a retry may ask for.
+        `journal_bytes` for the calls whose gradients a trainer may still want taken out, and those added beside them.
         `book`: a book with limits of its own, instead of these. `clock`, in seconds: when trainers were heard of.
         ValueError when there is no bank, or the banks'
         experts differ in shape."""
@@ -80,6 +86,8 @@ class ExpertHost:
         self.shape: ExpertShape = shapes.pop()
         self._book = book or CallBook(cache_bytes=cache_bytes, reply_bytes=reply_bytes)
         self._clock = clock
+        self._journal: Journal[RoutedRows, Tensor] = Journal(limit_bytes=journal_bytes)
+        self._dispatches = 0
 
     @property
     def experts(self) -> tuple[ExpertId, ...]:
@@ -209,6 +217,12 @@ class ExpertHost:
         merged = _merge(parts)
         grads = [calls[part.position].grad_RD for part in parts]
         grad_RD = grads[0] if len(grads) == 1 else torch.cat(grads)
+        if accumulate:
+            self._dispatches += 1
+            for part, grad in zip(parts, grads, strict=True):
+                n_bytes = _rows_bytes(part.rows) + grad.nbytes
+                call_id = calls[part.position].call_id
+                self._journal.add(call_id, part.facts, part.rows, grad, n_bytes, dispatch=self._dispatches)
         dx_RD, dgate_RK = bank.backward(
             grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, saved, accumulate=accumulate
         )
@@ -232,8 +246,9 @@ class ExpertHost:
             self._book.store_reply(call.call_id, answer, dx.nbytes + dgate.nbytes)
 
     def commit(self, call: CommitCall) -> CommitAnswer:
-        """Close the trainer's step; every expert counts its tokens. BusyError: no room to remember the trainer.
-        WireError: negative, or more tokens than the run's batch, by which the gradients of all would be divided."""
+        """Take out what went to other replicas, close the trainer's step, count its tokens in every expert. BusyError:
+        no room to remember the trainer. WireError: negative, or more tokens than the run's batch, by which the
+        gradients of all would be divided."""
         if call.tokens < 0 or call.step < 0:
             raise WireError(f"step and tokens must not be negative: {call.step}, {call.tokens}")
         batch_tokens = min(bank.global_batch_tokens for bank in self._banks.values())
@@ -242,10 +257,51 @@ class ExpertHost:
                 f"tokens: {call.tokens}, but the run's global_batch_tokens, of all trainers, is {batch_tokens}"
             )
         self._book.advance(self._clock())
+        void = self._book.applied_among(call.trainer, call.step, call.void)
         if not self._book.commit(call.trainer, call.step):
-            return CommitAnswer(repeated=True, stepped=False, committed_tokens=self.committed_tokens)
-        stepped = [bank.commit(call.tokens) for bank in self._banks.values()]
-        return CommitAnswer(repeated=False, stepped=any(stepped), committed_tokens=self.committed_tokens)
+            voided, failed = self._book.voids_of(call.trainer, call.step)
+            return CommitAnswer(
+                repeated=True, stepped=False, committed_tokens=self.committed_tokens, voided=voided, void_failed=failed
+            )
+        # Those of `call.void` that were never added need nothing: from now on they are refused as stale.
+        failed = self._take_out(void)
+        self._book.note_voids(call.trainer, len(void) - failed, failed)
+        self._journal.committed(call.trainer, call.step)
+        stepped = [layer for layer, bank in self._banks.items() if bank.commit(call.tokens)]
+        for layer in stepped:
+            self._journal.stepped(layer, self._book.last_committed_step)
+        return CommitAnswer(
+            repeated=False,
+            stepped=bool(stepped),
+            committed_tokens=self.committed_tokens,
+            voided=len(void) - failed,
+            void_failed=failed,
+        )
+
+    def _take_out(self, void: Sequence[tuple[bytes, CallFacts]]) -> int:
+        """Make the gradient sums what they would be without these calls; how many could not be taken out."""
+        undo, n_gone = self._journal.void(void)
+        for layer, plan in undo.items():
+            bank = self._banks[layer]
+            if plan.replay is not None:
+                bank.clear_grads()
+                for together in plan.replay:
+                    bank.backward(*self._merged_again(together), None)
+            for entry in plan.subtract:
+                bank.subtract(*self._merged_again([entry]))
+        if void:
+            log.info(
+                "took %d calls of %r out again, which went to other replicas; %d more are gone",
+                len(void) - n_gone, void[0][1].trainer, n_gone,
+            )  # fmt: skip
+        return n_gone
+
+    def _merged_again(self, entries: Sequence[Entry[RoutedRows, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(grad, x, slots, gates) as in the dispatch that added them."""
+        merged = _merge([self._part(i, entry.facts, entry.inputs) for i, entry in enumerate(entries)])
+        grads = [entry.grad for entry in entries]
+        grad_RD = grads[0] if len(grads) == 1 else torch.cat(grads)
+        return grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK
 
     def fetch(self, layer: int, indices: Sequence[int]) -> dict[str, Tensor]:
         """Copies of the experts' state with their gradient sums, all of the layer when `indices` is empty.
@@ -270,6 +326,7 @@ class ExpertHost:
                     loaded.add(expert)
             if mine:
                 bank.load_state(mine)
+                self._journal.forget(layer)
         return len(loaded)
 
     def _bank(self, layer: int) -> ExpertBank:

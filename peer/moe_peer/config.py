@@ -46,6 +46,8 @@ class ServeConfig:
     """Memory for the inputs of calls whose backward has not come yet."""
     reply_mib: int = 64
     """Memory for answers that a retry may ask for."""
+    journal_mib: int = 256
+    """Memory for the calls behind the experts' gradient sums, so that one that went to another replica is taken out."""
     max_batch_rows: int = 2048
     """Rows that run together."""
     max_queue_rows: int = 65_536
@@ -76,8 +78,8 @@ class ServeConfig:
         for name, value in positive.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, not {value}")
-        if min(self.cache_mib, self.reply_mib, self.grace_s) < 0:
-            raise ValueError("cache_mib, reply_mib and grace_s must not be negative")
+        if min(self.cache_mib, self.reply_mib, self.journal_mib, self.grace_s) < 0:
+            raise ValueError("cache_mib, reply_mib, journal_mib and grace_s must not be negative")
 
     @property
     def dht_multiaddr(self) -> str:

@@ -175,7 +175,12 @@ def _free_memory_bytes() -> int:
 
 
 def _make_host(config: ServeConfig, run: RunConfig, experts: tuple[ExpertId, ...]) -> ExpertHost:
-    host = ExpertHost(make_banks(run, experts), cache_bytes=config.cache_mib * MIB, reply_bytes=config.reply_mib * MIB)
+    host = ExpertHost(
+        make_banks(run, experts),
+        cache_bytes=config.cache_mib * MIB,
+        reply_bytes=config.reply_mib * MIB,
+        journal_bytes=config.journal_mib * MIB,
+    )
     if config.load is not None:
         load_experts(host, run, config.load)
     return host

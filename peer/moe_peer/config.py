@@ -37,7 +37,8 @@ class ServeConfig:
     dht_listen: str | None = None
     """libp2p multiaddr to listen on; by default a free TCP port of --listen's host."""
     load: Path | None = None
-    """Take the experts' state from a checkpoint: its folder, or any folder of a run that holds some (the newest)."""
+    """Take the experts' state from a checkpoint: its folder, or any folder of a run that holds some (the newest).
+    Experts of which a living replica has a later version are taken from there all the same."""
     identity: Path | None = None
     """PEM file of this peer's key, made when it does not exist; without it, a new identity each time."""
     threads: int | None = None
@@ -56,6 +57,8 @@ class ServeConfig:
     """Memory they may take."""
     join_timeout_s: float = 20.0
     """How long to look for the run."""
+    catch_up_timeout_s: float = 120.0
+    """How long fetching what other replicas have learned may take; experts not here by then start without it."""
     grace_s: float = 5.0
     """How long running calls may take to finish at a stop."""
 
@@ -74,6 +77,7 @@ class ServeConfig:
             "max_queue_rows": self.max_queue_rows,
             "max_queue_mib": self.max_queue_mib,
             "join_timeout_s": self.join_timeout_s,
+            "catch_up_timeout_s": self.catch_up_timeout_s,
         }
         for name, value in positive.items():
             if value is not None and value <= 0:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -27,9 +28,11 @@ from moe_net.experts.bank import memory_bytes
 from moe_net.experts.host import ExpertHost
 from moe_net.placement.assign import assign
 from moe_net.placement.view import View
+from moe_net.rpc.grpc_client import GrpcTransport
 from moe_net.types import ExpertId
 from moe_net.wire.allocator import tune_allocator
 from moe_net.wire.snapshot import unpack
+from moe_peer.catchup import catch_up
 from moe_peer.checkpoint import newest_checkpoint, read_meta
 from moe_peer.config import ServeConfig, parse_experts
 from moe_peer.server import ExpertServer
@@ -86,6 +89,9 @@ async def _serve(config: ServeConfig) -> None:
         experts = await _choose_experts(config, run, discovery, identity)
         # Off the loop: the DHT's neighbours ping us meanwhile.
         host = await asyncio.to_thread(_make_host, config, run, experts)
+        transport = GrpcTransport(run=run.name, shape=run.model.expert_shape)
+        stack.push_async_callback(transport.close)
+        await _catch_up(config, host, View(await discovery.peers()), transport, identity)
         server = await stack.enter_async_context(
             ExpertServer.serving(
                 host,
@@ -120,6 +126,29 @@ async def _serve(config: ServeConfig) -> None:
             await keep_manifest(discovery, to_json(run))
         finally:
             log.info("leaving: withdraw, finish what runs (%.0f s at most), stop", config.grace_s)
+
+
+async def _catch_up(
+    config: ServeConfig, host: ExpertHost, view: View, transport: GrpcTransport, identity: Identity
+) -> None:
+    """Before the announcement: nobody sends rows to experts that are about to be replaced."""
+    began_s = time.monotonic()
+    taken = await catch_up(host, view, transport, own_id=identity.peer_id, timeout_s=config.catch_up_timeout_s)
+    if not taken:
+        return
+    took_s = time.monotonic() - began_s
+    for part in taken:
+        log.info("took %d experts (%s) from %s", len(part.experts), describe(part.experts), part.peer)
+    event = {
+        "event": "caught_up",
+        "experts": sum(len(part.experts) for part in taken),
+        "of": len(host.experts),
+        "from": {part.peer: describe(part.experts) for part in taken},
+        "version": max(version for versions in host.versions.values() for version in versions.values()),
+        "bytes": transport.traffic.received_bytes,
+        "took_s": round(took_s, 3),
+    }
+    print(json.dumps(event), flush=True)
 
 
 def describe(experts: tuple[ExpertId, ...]) -> str:

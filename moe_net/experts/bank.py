@@ -205,24 +205,39 @@ class ExpertBank:
         the bank's; the others start again at zero. CheckpointError, before anything is changed, for names, dtypes or
         shapes that do not fit, values that are not finite, or negative ones that cannot be.
         """
-        loaded = self._check_state(state)
-        stacks, sums = self._stacks(), self._sums()
-        committed_of = {index: int(state.get(f"{self.layer}.{index}.committed_tokens", 0)) for index in loaded}
         untouched = self._generation == 0 and self.committed_tokens == 0
+        loaded, sums = self._put_state(state), self._sums()
+        committed_of = {index: int(state.get(f"{self.layer}.{index}.committed_tokens", 0)) for index in loaded}
         if loaded and (untouched or len(loaded) == len(self.indices)):
             self.committed_tokens = max(committed_of.values())
         for index in loaded:
             slot = self._slot_of[index]
-            for field, stack in stacks.items():
-                stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
-            self._optimizer.versions[slot] = int(state[f"{self.layer}.{index}.version"])
             for field, stack in sums.items():
                 if 0 < committed_of[index] == self.committed_tokens:
                     stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
                 else:
                     stack[slot].zero_()
             self._summed_rows_E[slot] = 0
+
+    def replace_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put the experts in `state` in the place of theirs while they learn: gradient sums and committed tokens stay.
+        CheckpointError as `load_state`."""
+        self._put_state(state)
+
+    def _put_state(self, state: Mapping[str, Tensor]) -> list[int]:
+        loaded = self._check_state(state)
+        stacks = self._stacks()
+        for index in loaded:
+            slot = self._slot_of[index]
+            for field, stack in stacks.items():
+                stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
+            self._optimizer.versions[slot] = int(state[f"{self.layer}.{index}.version"])
         self._generation += 1
+        return loaded
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """CheckpointError when `load_state` would not take it."""
+        self._check_state(state)
 
     def _check_state(self, state: Mapping[str, Tensor]) -> list[int]:
         """The indices of the experts in a `state` that fits."""

@@ -303,14 +303,11 @@ class ExpertHost:
         grad_RD = grads[0] if len(grads) == 1 else torch.cat(grads)
         return grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK
 
-    def fetch(self, layer: int, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Copies of the experts' state with their gradient sums, all of the layer when `indices` is empty.
+    def fetch(self, layer: int, indices: Sequence[int], *, with_sums: bool = True) -> dict[str, Tensor]:
+        """Copies of the experts' state, all of the layer when `indices` is empty; `with_sums` as in `ExpertBank.state`.
         UnknownExpertError."""
-        bank = self._bank(layer)
-        unknown = sorted(set(indices) - set(bank.indices))
-        if unknown:
-            raise UnknownExpertError(f"experts {_some(unknown)} of layer {layer} are not hosted here")
-        return bank.state(sorted(set(indices)) or None, with_sums=True)
+        self.check_hosted(layer, indices)
+        return self._banks[layer].state(sorted(set(indices)) or None, with_sums=with_sums)
 
     def load_state(self, state: Mapping[str, Tensor]) -> int:
         """Take over those experts of `state` (see `ExpertBank.state`) that are hosted here; returns how many.
@@ -328,6 +325,27 @@ class ExpertHost:
                 bank.load_state(mine)
                 self._journal.forget(layer)
         return len(loaded)
+
+    def stepped_rows(self, layer: int, indices: Sequence[int]) -> dict[int, int]:
+        """Expert index -> rows whose gradients it has stepped on here. UnknownExpertError as `fetch`."""
+        self.check_hosted(layer, indices)
+        stepped = self._banks[layer].stepped_rows
+        return {index: stepped[index] for index in indices}
+
+    def check_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
+        """CheckpointError when it holds anything but valid states of experts of this layer."""
+        self._bank(layer).check_state(state)
+
+    def replace_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
+        """As `ExpertBank.replace_state`: gradients summed so far, and what is known of calls, stay."""
+        self._bank(layer).replace_state(state)
+        self._journal.weights_changed(layer, self._book.last_committed_step)
+
+    def check_hosted(self, layer: int, indices: Sequence[int]) -> None:
+        """UnknownExpertError when one of them is not; any thread may ask."""
+        unknown = sorted(set(indices) - set(self._bank(layer).indices))
+        if unknown:
+            raise UnknownExpertError(f"experts {_some(unknown)} of layer {layer} are not hosted here")
 
     def _bank(self, layer: int) -> ExpertBank:
         bank = self._banks.get(layer)

@@ -5,8 +5,9 @@ Create it, and use it, on the event loop that shall own the channels.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -21,6 +22,7 @@ from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.served import note_served
 from moe_net.types import ExpertShape, PeerInfo
 from moe_net.wire import codec
+from moe_net.wire.exchange import ChunkReader, ExchangeHead, write_chunks
 from moe_net.wire.messages import (
     BackwardAnswer,
     BackwardCall,
@@ -29,12 +31,14 @@ from moe_net.wire.messages import (
     ForwardAnswer,
     ForwardCall,
 )
-from moe_net.wire.snapshot import unpack
+from moe_net.wire.snapshot import pack, unpack
 from moe_net.wire.state import check_state, max_state_bytes
 from moe_net.wire.validate import Limits
 
 AnswerT = TypeVar("AnswerT")
 SERVICE = "/moe_net.v1.ExpertService/"
+PEER_ID_KEY = "moe-peer-id"
+"""Of Fetch's metadata: the peer that takes over the experts."""
 
 _FAILURES = {
     grpc.StatusCode.UNAVAILABLE: CallFailure.UNREACHABLE,
@@ -86,8 +90,10 @@ class _Link:
 class GrpcTransport:
     """Calls expert servers by the address in their record."""
 
-    def __init__(self, *, run: str, shape: ExpertShape, limits: Limits | None = None) -> None:
-        """`run` and `shape` are what a peer's experts must be of, when their state is fetched."""
+    def __init__(self, *, run: str, shape: ExpertShape, limits: Limits | None = None, peer_id: str = "") -> None:
+        """`run` and `shape` are what a peer's experts must be of, when their state is fetched. `peer_id`: of a caller
+        that hosts experts itself; others count from its Fetch what they have learned since."""
+        self._peer_id = peer_id
         self._run = run
         self._shape = shape
         self._limits = limits or Limits()
@@ -104,6 +110,7 @@ class GrpcTransport:
                 for name in ("Forward", "Backward", "Commit", "Info")
             }
             methods["Fetch"] = channel.unary_stream(SERVICE + "Fetch", None, None)
+            methods["Exchange"] = channel.stream_stream(SERVICE + "Exchange", None, None)
             link = self._links[address] = _Link(channel, methods)
         return link
 
@@ -158,7 +165,9 @@ class GrpcTransport:
         request = expert_pb2.FetchRequest(layer=layer, expert_index=list(expert_index)).SerializeToString()
         self.traffic.calls += 1
         self.traffic.sent_bytes += len(request)
-        stream = self._link(peer.address).methods["Fetch"](request, timeout=timeout_s)
+        stream = self._link(peer.address).methods["Fetch"](
+            request, timeout=timeout_s, metadata=((PEER_ID_KEY, self._peer_id),) if self._peer_id else None
+        )
         try:
             whole = await self._read_file(peer, stream, limit_bytes=max_state_bytes(len(asked), self._shape))
             state = unpack(whole, run=self._run, shape=self._shape)
@@ -185,6 +194,40 @@ class GrpcTransport:
         if hashlib.sha256(whole).digest() != claimed:
             raise WireError("it does not match its checksum")
         return bytes(whole)
+
+    async def exchange(
+        self, peer: PeerInfo, head: ExchangeHead, state: Mapping[str, Tensor], *, timeout_s: float
+    ) -> tuple[ExchangeHead, dict[str, Tensor]]:
+        """Send our state of some experts; (the partner's rows, the mean that it has taken over) of the same experts.
+        CallError as everywhere."""
+
+        def limit_bytes(answer: ExchangeHead) -> int:
+            if answer.layer != head.layer or answer.rows.keys() != head.rows.keys():
+                raise WireError(f"layer, expert_index: answered layer {answer.layer} with {len(answer.rows)} experts")
+            return max_state_bytes(len(head.rows), self._shape)
+
+        data = await asyncio.to_thread(pack, state, run=self._run, shape=self._shape)
+
+        async def chunks() -> AsyncIterator[bytes]:
+            for chunk in write_chunks(head, data):
+                self.traffic.sent_bytes += len(chunk)
+                yield chunk
+
+        self.traffic.calls += 1
+        stream = self._link(peer.address).methods["Exchange"](chunks(), timeout=timeout_s)
+        reader = ChunkReader(limit_bytes)
+        try:
+            while raw := await _answer(peer, cast("Awaitable[bytes]", stream.read())):  # empty: grpc.aio.EOF
+                self.traffic.received_bytes += len(raw)
+                reader.feed(raw)
+            answer, whole = await asyncio.to_thread(reader.finish)
+            mean = await asyncio.to_thread(unpack, whole, run=self._run, shape=self._shape)
+        except (WireError, CheckpointError) as error:
+            stream.cancel()
+            raise CallError(CallFailure.REFUSED, peer.peer_id, f"unreadable answer to Exchange: {error}") from error
+        if {name.rpartition(".")[0] for name in mean} != {f"{head.layer}.{index}" for index in head.rows}:
+            raise CallError(CallFailure.REFUSED, peer.peer_id, "answered Exchange with other experts")
+        return answer, mean
 
     async def close(self) -> None:
         links, self._links = self._links, {}

@@ -132,7 +132,8 @@ def _name(kind: type[Message], number: int) -> str:
     return field.name if field is not None else f"unknown field {number}"
 
 
-def _parse(kind: type[MessageT], data: bytes, what: str) -> MessageT:
+def parse(kind: type[MessageT], data: bytes, what: str) -> MessageT:
+    """By protobuf; WireError with its reason, behind `what`."""
     try:
         return kind.FromString(data)
     except DecodeError as error:
@@ -170,10 +171,10 @@ def take_apart(
             f"{kind.__name__}: {header_bytes} bytes besides arrays and tensors, the limit is {MAX_HEADER_BYTES}"
         )
     try:
-        header = _parse(kind, b"".join([view[start:end] for _, start, end in spans]), kind.__name__)
+        header = parse(kind, b"".join([view[start:end] for _, start, end in spans]), kind.__name__)
     except WireError:
         for number, start, end in spans:  # which field was it?
-            _parse(kind, bytes(view[start:end]), _name(kind, number))
+            parse(kind, bytes(view[start:end]), _name(kind, number))
         raise
     views = {number: parts[0] if len(parts) == 1 else memoryview(b"".join(parts)) for number, parts in chunks.items()}
     return header, views
@@ -190,7 +191,7 @@ def _take_apart_stock(
             f"{kind.__name__}: {view.nbytes} bytes with groups or more than {MAX_WALKED_FIELDS} fields, "
             f"the limit for such messages is {largest}"
         )
-    message = _parse(kind, bytes(view), kind.__name__)
+    message = parse(kind, bytes(view), kind.__name__)
     views: dict[int, memoryview] = {}
     for number in arrays:
         field = kind.DESCRIPTOR.fields_by_number[number]

@@ -129,6 +129,13 @@ def check_trainer(trainer: str) -> None:
         raise LimitError(f"trainer: a name of {length} bytes, the limit is {MAX_TRAINER_BYTES}")
 
 
+def check_peer_id(peer_id: str) -> None:
+    """A peer's id is not empty and not longer than a trainer's name may be: peers keep it."""
+    length = len(peer_id.encode())
+    if not 0 < length <= MAX_TRAINER_BYTES:
+        raise WireError(f"peer_id: {length} bytes, must be 1..{MAX_TRAINER_BYTES}")
+
+
 def check_call_id(call_id: bytes) -> None:
     """A call_id has 16 bytes."""
     if len(call_id) != CALL_ID_BYTES:

@@ -57,6 +57,8 @@ class ServeConfig:
     """Memory they may take."""
     join_timeout_s: float = 20.0
     """How long to look for the run."""
+    exchange_every_s: float = 2.0
+    """How often to average with one of the other replicas of the experts here; 0: never on this peer's initiative."""
     catch_up_timeout_s: float = 120.0
     """How long fetching what other replicas have learned may take; experts not here by then start without it."""
     grace_s: float = 5.0
@@ -82,8 +84,8 @@ class ServeConfig:
         for name, value in positive.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, not {value}")
-        if min(self.cache_mib, self.reply_mib, self.journal_mib, self.grace_s) < 0:
-            raise ValueError("cache_mib, reply_mib, journal_mib and grace_s must not be negative")
+        if min(self.cache_mib, self.reply_mib, self.journal_mib, self.exchange_every_s, self.grace_s) < 0:
+            raise ValueError("cache_mib, reply_mib, journal_mib, exchange_every_s and grace_s must not be negative")
 
     @property
     def dht_multiaddr(self) -> str:

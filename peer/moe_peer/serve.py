@@ -19,6 +19,7 @@ from moe_net.client import make_banks
 from moe_net.config import RunConfig, from_json, to_json
 from moe_net.discovery.announcer import Announcer
 from moe_net.discovery.dht import DhtDiscovery
+from moe_net.discovery.directory import DirectoryWatcher
 from moe_net.discovery.join import resolve_join
 from moe_net.discovery.listen import advertised_address
 from moe_net.discovery.manifest import find_manifest, keep_manifest, put_manifest
@@ -35,6 +36,7 @@ from moe_net.wire.snapshot import unpack
 from moe_peer.catchup import catch_up
 from moe_peer.checkpoint import newest_checkpoint, read_meta
 from moe_peer.config import ServeConfig, parse_experts
+from moe_peer.gossip import Gossip, Meeting
 from moe_peer.server import ExpertServer
 
 log = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ async def _serve(config: ServeConfig) -> None:
         experts = await _choose_experts(config, run, discovery, identity)
         # Off the loop: the DHT's neighbours ping us meanwhile.
         host = await asyncio.to_thread(_make_host, config, run, experts)
-        transport = GrpcTransport(run=run.name, shape=run.model.expert_shape)
+        transport = GrpcTransport(run=run.name, shape=run.model.expert_shape, peer_id=identity.peer_id)
         stack.push_async_callback(transport.close)
         await _catch_up(config, host, View(await discovery.peers()), transport, identity)
         server = await stack.enter_async_context(
@@ -102,12 +104,25 @@ async def _serve(config: ServeConfig) -> None:
                 max_batch_rows=config.max_batch_rows,
                 max_queue_rows=config.max_queue_rows,
                 max_queue_bytes=config.max_queue_mib * MIB,
+                on_meeting=_print_meeting,
             )
         )
         address = advertised_address(config.advertise, server.address)
         await stack.enter_async_context(
             Announcer(discovery, identity, run=run.name, address=address, experts=experts, ttl_s=run.record_ttl_s)
         )
+        if config.exchange_every_s > 0:
+            directory = await stack.enter_async_context(DirectoryWatcher(discovery))
+            await stack.enter_async_context(
+                Gossip(
+                    server.replicator,
+                    transport,
+                    host,
+                    lambda: directory.view,
+                    peer_id=identity.peer_id,
+                    every_s=config.exchange_every_s,
+                )
+            )
         # The coordinator may be gone tomorrow: newcomers find the manifest as long as one peer is there.
         await put_manifest(discovery, to_json(run))
         ready = {
@@ -147,6 +162,19 @@ async def _catch_up(
         "version": max(version for versions in host.versions.values() for version in versions.values()),
         "bytes": transport.traffic.received_bytes,
         "took_s": round(took_s, 3),
+    }
+    print(json.dumps(event), flush=True)
+
+
+def _print_meeting(meeting: Meeting) -> None:
+    event = {
+        "event": "exchange",
+        "partner": meeting.partner,
+        "layer": meeting.layer,
+        "divergence": meeting.divergence,
+        "experts": meeting.experts,
+        "bytes": meeting.n_bytes,
+        "took_s": round(meeting.took_s, 3),
     }
     print(json.dumps(event), flush=True)
 

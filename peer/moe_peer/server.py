@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Self, TypeVar
 
@@ -39,20 +39,20 @@ from moe_net.errors import (
 )
 from moe_net.experts.host import ExpertHost
 from moe_net.proto.v1 import expert_pb2
-from moe_net.rpc.grpc_client import channel_options
+from moe_net.rpc.grpc_client import PEER_ID_KEY, channel_options
 from moe_net.wire import codec
+from moe_net.wire.exchange import CHUNK_BYTES
 from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
 from moe_net.wire.snapshot import pack
-from moe_net.wire.validate import Limits, check_rows
+from moe_net.wire.validate import MAX_TRAINER_BYTES, Limits, check_rows
 from moe_peer.batcher import Batcher
 from moe_peer.device import DeviceThread
+from moe_peer.gossip import Meeting, Replicator
 from moe_peer.streams import FewReflections, FewWatches, Places
 
 log = logging.getLogger(__name__)
 
 SERVICE = "moe_net.v1.ExpertService"
-CHUNK_BYTES = 2**20
-"""Of Fetch: 1 MiB chunks on a stream measured fastest (design, D3b)."""
 MAX_FETCHES = 2
 """At once: each holds its layer's state twice, as tensors and as a file."""
 CHUNK_TIMEOUT_S = 30.0
@@ -113,10 +113,12 @@ class ExpertServer:
         max_queue_bytes: int = 256 * 2**20,
         max_concurrent_calls: int | None = None,
         chunk_timeout_s: float = CHUNK_TIMEOUT_S,
+        on_meeting: Callable[[Meeting], None] = lambda _: None,
     ) -> None:
         """`max_concurrent_calls` bounds what gRPC takes in before we see and count it: that many messages of at most
         `limits.max_message_bytes`. By default 64 or more, up to 512, as many as fit into 8 times `max_queue_bytes`:
-        with the defaults 64, or 2 GiB if as many callers send the largest message at the same moment."""
+        with the defaults 64, or 2 GiB if as many callers send the largest message at the same moment. `on_meeting`
+        hears of every exchange that another replica began."""
         self._host = host
         self._run = run
         self._peer_id = peer_id
@@ -133,6 +135,7 @@ class ExpertServer:
             max_queue_rows=max_queue_rows,
             max_queue_bytes=max_queue_bytes,
         )
+        self.replicator = Replicator(host, self._device, run=run.name, peer_id=peer_id, on_meeting=on_meeting)
         fitting_calls = 8 * max_queue_bytes // self._limits.max_message_bytes
         self._max_concurrent_calls = max_concurrent_calls or min(max(fitting_calls, 64), 512)
         self._fetches = Places("Fetch", MAX_FETCHES)
@@ -197,6 +200,7 @@ class ExpertServer:
                 "Backward": unary(self._backward),
                 "Commit": unary(self._commit),
                 "Fetch": grpc.unary_stream_rpc_method_handler(self._fetch),
+                "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
             },
         )
 
@@ -232,7 +236,8 @@ class ExpertServer:
         async with _answering(context, "Fetch"):
             with self._fetches.one():
                 layer, indices = codec.decode_fetch_call(raw, self._limits)
-                state = await self._device.run(self._host.fetch, layer, indices)
+                taker = _peer_id_of(context)
+                state = await self._device.run(self._copy_state, layer, indices, taker)
                 data, digest = await asyncio.to_thread(_pack, state, self._run.name, self._host)
                 del state
                 await self._send_file(data, digest, context)
@@ -250,6 +255,16 @@ class ExpertServer:
                     await context.write(chunk.SerializeToString())
             except TimeoutError:
                 raise TimeoutError(f"{start} of {len(data)} bytes were taken in time, then no more") from None
+
+    def _copy_state(self, layer: int, indices: Sequence[int], taker: str | None) -> dict[str, Any]:
+        state = self._host.fetch(layer, indices)
+        if taker is not None:
+            self.replicator.fetched(taker, layer, indices)
+        return state
+
+    async def _exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        async with _answering(context, "Exchange"):
+            await self.replicator.answer(requests, context.write, limit_s=context.time_remaining())
 
     async def _sized(self, n_bytes: int, work: Callable[[InT], OutT], value: InT) -> OutT:
         """`work(value)`, here when small, on the codec's thread when it would hold up the loop."""
@@ -314,6 +329,14 @@ async def _answering(context: Context, method: str) -> AsyncGenerator[None]:
     except OUR_BUGS as error:
         log.exception("%s failed by a bug of ours", method)
         await context.abort(grpc.StatusCode.INTERNAL, f"{method} failed by a bug of ours: {type(error).__name__}")
+
+
+def _peer_id_of(context: Context) -> str | None:
+    """The hosting peer that a Fetch says it comes from."""
+    for key, value in context.invocation_metadata() or ():
+        if key == PEER_ID_KEY and isinstance(value, str) and 0 < len(value) <= MAX_TRAINER_BYTES:
+            return value
+    return None
 
 
 def _pack(state: dict[str, Any], run: str, host: ExpertHost) -> tuple[bytes, bytes]:

@@ -107,8 +107,8 @@ class Liar(ExpertHost):
     def versions(self) -> dict[int, dict[int, int]]:
         return {layer: dict.fromkeys(versions, 99) for layer, versions in super().versions.items()}
 
-    def fetch(self, layer: int, indices: Sequence[int]) -> dict[str, Tensor]:
-        state = super().fetch(layer, indices)
+    def fetch(self, layer: int, indices: Sequence[int], *, with_sums: bool = True) -> dict[str, Tensor]:
+        state = super().fetch(layer, indices, with_sums=with_sums)
         name = next(n for n in state if n.endswith("v_in"))
         return state | {name: -torch.ones_like(state[name])}
 
@@ -116,7 +116,7 @@ class Liar(ExpertHost):
 class Generous(Liar):
     """Gives experts that nobody asked for."""
 
-    def fetch(self, layer: int, indices: Sequence[int]) -> dict[str, Tensor]:
+    def fetch(self, layer: int, indices: Sequence[int], *, with_sums: bool = True) -> dict[str, Tensor]:
         return ExpertHost.fetch(self, layer, [0, 1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from processes import READY_S, RUN, SEQ_LEN, SEQUENCES, peer_spec, start_coordinator, trainer_spec
@@ -142,3 +143,34 @@ async def test_a_run_is_stopped_and_resumed_by_new_processes_with_the_same_losse
     steps = [r for r in read_metrics(whole / "metrics.jsonl") if isinstance(r, StepMetrics)]
     assert {s.calls for s in steps} == {2 * 2 * 2 + 2}
     assert {s.routed_pairs for s in steps} == {2 * 2 * SEQUENCES * SEQ_LEN}
+
+
+async def test_a_newcomer_catches_up_and_then_averages_with_the_one_it_joined(tmp_path: Path) -> None:
+    learned, averaged = asyncio.Event(), asyncio.Event()
+
+    def on_event(child: Child, event: dict[str, object]) -> None:
+        if child.name == "trainer" and event["event"] == "step" and event["step"] == 3:
+            learned.set()
+        if event["event"] == "exchange":
+            averaged.set()
+
+    async with Supervisor(tmp_path / "logs", on_event=on_event) as supervisor, asyncio.timeout(2 * READY_S):
+        _, join = await start_coordinator(supervisor, tmp_path)
+        first = await supervisor.start(peer_spec("first", join, "--experts", "*.*", "--exchange-every-s", 0.2))
+        first_id = (await first.ready(READY_S))["peer_id"]
+        trainer = await supervisor.start(trainer_spec(join, tmp_path / "out", 100_000))
+        await learned.wait()
+        second = await supervisor.start(peer_spec("second", join, "--experts", "*.0-1", "--exchange-every-s", 0.2))
+        second_id = (await second.ready(READY_S))["peer_id"]
+        caught_up = second.last["caught_up"]
+        assert (caught_up["experts"], caught_up["of"]) == (4, 4)
+        assert caught_up["from"] == {first_id: "0.0-1,1.0-1"}
+        assert caught_up["version"] >= 1
+        assert "caught_up" not in first.last
+        await averaged.wait()
+        exchange = (first.last | second.last)["exchange"]
+        assert exchange["partner"] == min(first_id, second_id)
+        assert exchange["experts"] == 2
+        assert 0 <= exchange["divergence"] < 0.5
+        assert await second.stop(READY_S) == 0
+        await trainer.stop(READY_S)

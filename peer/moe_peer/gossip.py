@@ -1,0 +1,283 @@
+"""Replicas average: this peer answers the Exchange of others, and on a timer asks those whose id is larger.
+
+A layer is in at most one exchange at a time. While that lasts others are refused with BusyError, never made to wait:
+two peers that wait for each other would wait for ever, and what happened to the weights meanwhile must be our own
+steps only (see `replicate.rebase`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from moe_net.errors import BusyError, CheckpointError, WireError
+from moe_net.experts.host import ExpertHost
+from moe_net.experts.replicate import Meetings, average, divergence, rebase
+from moe_net.placement.view import View
+from moe_net.rpc.base import CallError, CallFailure
+from moe_net.rpc.grpc_client import GrpcTransport
+from moe_net.types import PeerInfo
+from moe_net.wire.exchange import ChunkReader, ExchangeHead, write_chunks
+from moe_net.wire.snapshot import pack, unpack
+from moe_net.wire.state import max_state_bytes
+from moe_peer.device import DeviceThread
+
+log = logging.getLogger(__name__)
+
+MAX_ANSWERS = 2
+"""At once: each holds its experts' state four times, as theirs, ours, mean and file."""
+PATIENCE_S, SLOWEST_MIB_S = 10.0, 0.5
+"""An exchange may take that long, and at that rate what it sends and gets; a partner that stalls costs no more."""
+
+
+def patience_s(n_bytes: int) -> float:
+    """How long an exchange of a state of that size may take."""
+    return PATIENCE_S + 2 * n_bytes / 2**20 / SLOWEST_MIB_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meeting:
+    """One exchange as the side that answered saw it: it alone had both states."""
+
+    partner: str
+    layer: int
+    experts: int
+    divergence: float
+    """Before averaging, the largest of all experts."""
+    n_bytes: int
+    """Both ways."""
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Offer:
+    """Our side at one moment."""
+
+    state: dict[str, Tensor]
+    rows: dict[int, int]
+    """Since the last meeting with this partner."""
+    stepped: dict[int, int]
+
+
+class Replicator:
+    """The meetings of one host's experts. Lives on the loop; what touches experts runs on their device's thread."""
+
+    def __init__(
+        self,
+        host: ExpertHost,
+        device: DeviceThread,
+        *,
+        run: str,
+        peer_id: str,
+        on_meeting: Callable[[Meeting], None] = lambda _: None,
+    ) -> None:
+        """`on_meeting` hears of every exchange that this side answered."""
+        self._host = host
+        self._device = device
+        self._run = run
+        self._peer_id = peer_id
+        self._on_meeting = on_meeting
+        self._in_flight: set[int] = set()
+        self._answering = 0
+        self._meetings = Meetings()  # the device's thread owns it
+
+    @contextmanager
+    def _layer(self, layer: int) -> Generator[None]:
+        if layer in self._in_flight:
+            raise BusyError(f"layer {layer} is in an exchange already")
+        self._in_flight.add(layer)
+        try:
+            yield
+        finally:
+            self._in_flight.discard(layer)
+
+    def fetched(self, partner: str, layer: int, indices: Sequence[int]) -> None:
+        """A joining replica took over this state: that is a meeting. On the device's thread, with the copy."""
+        indices = indices or [e.index for e in self._host.experts if e.layer == layer]
+        self._meetings.met(partner, layer, self._host.stepped_rows(layer, indices))
+
+    async def answer(
+        self, chunks: AsyncIterator[bytes], write: Callable[[bytes], Awaitable[None]], *, limit_s: float | None
+    ) -> None:
+        """Read a partner's state, take over the mean, and send it back. BusyError, WireError, LimitError,
+        UnknownExpertError and TimeoutError before anything is changed."""
+        if self._answering >= MAX_ANSWERS:
+            raise BusyError(f"{self._answering} exchanges are on their way, at most {MAX_ANSWERS} may be")
+        self._answering += 1
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                first = await anext(chunks, b"")
+            reader = ChunkReader(self._limit_bytes)
+            reader.feed(first)
+            assert reader.head is not None, "fed"
+            patient_s = patience_s(self._limit_bytes(reader.head))
+            with self._layer(reader.head.layer):
+                async with asyncio.timeout(patient_s if limit_s is None else min(limit_s, patient_s)):
+                    await self._answer(reader, len(first), chunks, write)
+        finally:
+            self._answering -= 1
+
+    def _limit_bytes(self, head: ExchangeHead) -> int:
+        if head.peer_id == self._peer_id:
+            raise WireError("peer_id: it is our own")
+        self._host.check_hosted(head.layer, list(head.rows))
+        return max_state_bytes(len(head.rows), self._host.shape)
+
+    async def _answer(
+        self,
+        reader: ChunkReader,
+        n_bytes: int,
+        chunks: AsyncIterator[bytes],
+        write: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        clock_s = asyncio.get_running_loop().time
+        began_s = clock_s()
+        async for raw in chunks:
+            reader.feed(raw)
+            n_bytes += len(raw)
+        head, data = await asyncio.to_thread(reader.finish)
+        theirs = await asyncio.to_thread(self._unpack, head, data)
+        del data
+        mean, ours, apart = await self._device.run(self._average, head, theirs)
+        del theirs
+        packed = await asyncio.to_thread(pack, mean, run=self._run, shape=self._host.shape)
+        del mean
+        answer = ExchangeHead(peer_id=self._peer_id, layer=head.layer, rows=ours.rows)
+        for chunk in write_chunks(answer, packed):
+            await write(chunk)
+            n_bytes += len(chunk)
+        # Not before: a partner that left half-way counts its rows from the meeting before, and so do we ours.
+        await self._device.run(self._meetings.met, head.peer_id, head.layer, ours.stepped)
+        meeting = Meeting(
+            partner=head.peer_id,
+            layer=head.layer,
+            experts=len(head.rows),
+            divergence=apart,
+            n_bytes=n_bytes,
+            took_s=clock_s() - began_s,
+        )
+        log.info("averaged %d experts of layer %d with %s: %.3g apart", len(head.rows), head.layer, head.peer_id, apart)
+        self._on_meeting(meeting)
+
+    def _unpack(self, head: ExchangeHead, data: bytes) -> dict[str, Tensor]:
+        try:
+            theirs = unpack(data, run=self._run, shape=self._host.shape)
+            self._host.check_state(head.layer, theirs)
+        except CheckpointError as error:
+            raise WireError(f"data: {error}") from error
+        if {name.rpartition(".")[0] for name in theirs} != {f"{head.layer}.{index}" for index in head.rows}:
+            raise WireError("data: not of the experts that expert_index names")
+        return theirs
+
+    def _average(self, head: ExchangeHead, theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], _Offer, float]:
+        ours = self._offer(head.peer_id, head.layer, list(head.rows))
+        mean = average(ours.state, theirs, ours.rows, head.rows)
+        try:
+            self._replace(head.layer, ours.state, mean)
+        except CheckpointError as error:  # finite values can be so large that their mean is not
+            raise WireError(f"data: no mean: {error}") from error
+        return mean, ours, divergence(ours.state, theirs)
+
+    def _offer(self, partner: str, layer: int, indices: Sequence[int]) -> _Offer:
+        stepped = self._host.stepped_rows(layer, indices)
+        rows = self._meetings.rows_since(partner, layer, stepped)
+        return _Offer(state=self._host.fetch(layer, indices, with_sums=False), rows=rows, stepped=stepped)
+
+    def _replace(self, layer: int, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        # Other weights cost saved pre-activations and the journal's replay: not for nothing.
+        if not all(torch.equal(value, new[name]) for name, value in old.items()):
+            self._host.replace_state(layer, new)
+
+    async def meet(self, transport: GrpcTransport, partner: PeerInfo, layer: int, indices: Sequence[int]) -> None:
+        """Average some experts with `partner`, on our initiative. CallError, and nothing changed here, when it does
+        not answer, or badly; BusyError when the layer is in an exchange."""
+        with self._layer(layer):
+            sent = await self._device.run(self._offer, partner.peer_id, layer, indices)
+            head = ExchangeHead(peer_id=self._peer_id, layer=layer, rows=sent.rows)
+            limit_s = patience_s(sum(value.nbytes for value in sent.state.values()))
+            _, mean = await transport.exchange(partner, head, sent.state, timeout_s=limit_s)
+            try:
+                await self._device.run(self._adopt, partner.peer_id, layer, sent, mean)
+            except CheckpointError as error:
+                raise CallError(CallFailure.REFUSED, partner.peer_id, f"a mean that is no state: {error}") from error
+
+    def _adopt(self, partner: str, layer: int, sent: _Offer, mean: dict[str, Tensor]) -> None:
+        self._host.check_state(layer, mean)
+        now = self._host.fetch(layer, list(sent.rows), with_sums=False)
+        self._replace(layer, now, rebase(mean, now, sent.state))
+        self._meetings.met(partner, layer, sent.stepped)
+
+
+class Gossip:
+    """Every `every_s` seconds one partner, in turn, and every layer shared with it. Use with `async with`."""
+
+    def __init__(
+        self,
+        replicator: Replicator,
+        transport: GrpcTransport,
+        host: ExpertHost,
+        view: Callable[[], View],
+        *,
+        peer_id: str,
+        every_s: float,
+    ) -> None:
+        self._replicator = replicator
+        self._transport = transport
+        self._mine = frozenset(host.experts)
+        self._view = view
+        self._peer_id = peer_id
+        self._every_s = every_s
+        self._last_partner = ""
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name="gossip")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._every_s)
+            await self.turn()
+
+    def next_partner(self) -> PeerInfo | None:
+        """The peer after the last one, in the order of ids, of those that share experts and have larger ids."""
+        sharing = [
+            peer
+            for peer_id, peer in self._view().peers.items()
+            if peer_id > self._peer_id and not self._mine.isdisjoint(peer.experts)
+        ]
+        later = [peer for peer in sharing if peer.peer_id > self._last_partner]
+        return (later or sharing or [None])[0]
+
+    async def turn(self) -> None:
+        """Meet the next partner, if there is one. What fails is logged, and tried again when its turn comes."""
+        partner = self.next_partner()
+        if partner is None:
+            return
+        self._last_partner = partner.peer_id
+        shared = self._mine & set(partner.experts)
+        for layer in sorted({expert.layer for expert in shared}):
+            try:
+                indices = sorted(expert.index for expert in shared if expert.layer == layer)
+                await self._replicator.meet(self._transport, partner, layer, indices)
+            except BusyError as error:
+                log.debug("no exchange with %s: %s", partner.peer_id, error)
+            except CallError as error:
+                log.log(logging.DEBUG if error.failure is CallFailure.BUSY else logging.WARNING, "exchange: %s", error)
+                if error.failure is not CallFailure.BUSY:
+                    return

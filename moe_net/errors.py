@@ -60,4 +60,9 @@ class StaleStepError(ExpertCallError):
 
 
 class BusyError(ExpertCallError):
-    """The queue is full; the text says how much waits (RESOURCE_EXHAUSTED)."""
+    """Not now: the queue is full or longer than the caller waits; the text says how much waits (RESOURCE_EXHAUSTED)."""
+
+    def __init__(self, detail: str, *, queue_s: float = 0.0) -> None:
+        super().__init__(detail)
+        self.queue_s = queue_s
+        """How long a call would wait just now; 0 when that is not known."""

@@ -39,6 +39,8 @@ AnswerT = TypeVar("AnswerT")
 SERVICE = "/moe_net.v1.ExpertService/"
 PEER_ID_KEY = "moe-peer-id"
 """Of Fetch's metadata: the peer that takes over the experts."""
+QUEUE_US_KEY = "moe-queue-us"
+"""Of the trailing metadata of a RESOURCE_EXHAUSTED: how long a call would wait just now, in decimal."""
 
 _FAILURES = {
     grpc.StatusCode.UNAVAILABLE: CallFailure.UNREACHABLE,
@@ -241,7 +243,18 @@ async def _answer(peer: PeerInfo, call: Awaitable[bytes]) -> bytes:
     except grpc.aio.AioRpcError as error:
         failure = _FAILURES.get(error.code(), CallFailure.REFUSED)
         detail = f"{error.code().name}: {error.details()}"
-        raise CallError(failure, peer.peer_id, detail) from error
+        queue_s = _queue_s(error) if failure is CallFailure.BUSY else 0.0
+        raise CallError(failure, peer.peer_id, detail, queue_s=queue_s) from error
+
+
+def _queue_s(error: grpc.aio.AioRpcError) -> float:
+    """The wait that a busy peer said it expects; 0 when it said nothing, or nonsense."""
+    # The stubs' type of the pairs has no iterator; they are pairs all the same.
+    for key, value in cast("Sequence[tuple[str, str | bytes]]", tuple(error.trailing_metadata() or ())):
+        if key == QUEUE_US_KEY and isinstance(value, str) and value.isascii() and value.isdecimal():
+            # Of a stranger: some hours are as good as any longer time, and a float at any rate.
+            return min(int(value[:20]), 10**10) / 1e6
+    return 0.0
 
 
 def _same_shape(peer: PeerInfo, answer_RD: Tensor, asked_RD: Tensor) -> None:

@@ -60,7 +60,8 @@ class LocalTransport:
         except (ExpertCallError, WireError) as error:
             answer = error
         if isinstance(answer, ExpertCallError | WireError):
-            raise CallError(failure_of(answer), peer.peer_id, str(answer)) from answer
+            queue_s = answer.queue_s if isinstance(answer, BusyError) else 0.0
+            raise CallError(failure_of(answer), peer.peer_id, str(answer), queue_s=queue_s) from answer
         return answer
 
     async def forward(self, peer: PeerInfo, call: ForwardCall, *, timeout_s: float) -> ForwardAnswer:

@@ -1,7 +1,8 @@
 """Merges the calls of many trainers: while the device works, calls of the same layer and kind gather and run together.
 
 No call waits for company: an idle device starts on whatever is there. Queues are taken in the order of their oldest
-call, so a busy layer cannot starve another.
+call, so a busy layer cannot starve another. A call that would wait past its deadline is refused on arrival: its caller
+learns at once what the wait is, and the queue holds only what may still be of use.
 """
 
 from __future__ import annotations
@@ -27,6 +28,36 @@ Handler = Callable[[Sequence[Any]], Sequence[Any]]
 class Kind(StrEnum):
     FORWARD = "forward"
     BACKWARD = "backward"
+
+
+SMOOTHING = 0.2
+"""Weight of the newest batch in what a row takes: the last ten batches are nine tenths of it."""
+LARGEST_SURPRISE = 4.0
+"""A batch counts as at most so many times as slow as expected. One that stood still for 20 s (the machine slept) must
+not make the next hundred calls be refused; a machine that has become slow is believed after a few batches."""
+
+
+@dataclass(slots=True)
+class RowTime:
+    """What a row of one kind of call takes, from the batches of late."""
+
+    mean_s: float = 0.0
+    mean_rows: float = 0.0
+
+    @property
+    def s_per_row(self) -> float:
+        """0 before the first batch: nothing is refused on a guess. Of means, not a mean of ratios: a batch of one row
+        is all overhead, and says little of a full one."""
+        return self.mean_s / self.mean_rows if self.mean_rows else 0.0
+
+    def note(self, n_rows: int, took_s: float) -> None:
+        """A batch of `n_rows` took `took_s`."""
+        if not self.mean_rows:
+            self.mean_s, self.mean_rows = took_s, float(n_rows)
+            return
+        took_s = min(took_s, LARGEST_SURPRISE * self.s_per_row * n_rows)
+        self.mean_s += SMOOTHING * (took_s - self.mean_s)
+        self.mean_rows += SMOOTHING * (n_rows - self.mean_rows)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -94,6 +125,10 @@ class Batcher:
         self._flights: dict[tuple[object, ...], _Job] = {}
         self._running: asyncio.Future[Sequence[Any]] | None = None
         self._stopped = False
+        self._row_times = {kind: RowTime() for kind in Kind}
+        self._waiting_rows = dict.fromkeys(Kind, 0)
+        self._running_until_s = 0.0
+        """When what runs should be done, by the clock."""
         self.queue_rows = 0
         """Rows waiting now."""
         self.queue_bytes = 0
@@ -112,8 +147,8 @@ class Batcher:
         self._queues.clear()
 
     async def forward(self, call: ForwardCall, *, timeout_s: float | None = None) -> ForwardAnswer:
-        """The host's answer. Raises what the host answered instead, BusyError (queue full), TimeoutError (waited too
-        long to be worth computing)."""
+        """The host's answer. Raises what the host answered instead, BusyError (queue full, or longer than `timeout_s`),
+        TimeoutError (waited too long to be worth computing)."""
         rows = call.rows
         n_bytes = rows.x_RD.nbytes + rows.experts_per_row_R.nbytes + 2 * rows.expert_index_P.nbytes
         answer = await self._join(Kind.FORWARD, call, rows.x_RD.shape[0], n_bytes, False, timeout_s)
@@ -128,21 +163,37 @@ class Batcher:
         assert isinstance(answer, BackwardAnswer)
         return answer
 
-    def check_room(self, n_bytes: int, n_rows: int = 0) -> None:
-        """BusyError when a call of this size would not be admitted."""
+    @property
+    def expected_wait_s(self) -> float:
+        """What a call that came now would wait: the rest of what runs, and every row that waits."""
+        wait_s = sum(rows * self._row_times[kind].s_per_row for kind, rows in self._waiting_rows.items())
+        if self._running is not None:
+            wait_s += max(0.0, self._running_until_s - self._clock())
+        return wait_s
+
+    def check_room(self, n_bytes: int, n_rows: int = 0, *, timeout_s: float | None = None) -> None:
+        """BusyError when a call of this size and deadline would not be admitted."""
+        wait_s = self.expected_wait_s
         rows_over = self.queue_rows + n_rows > self._max_queue_rows
         held_bytes = self.queue_bytes + self.reserved_bytes
         bytes_over = held_bytes + n_bytes > self._max_queue_bytes
         if held_bytes and (rows_over or bytes_over):
             raise BusyError(
                 f"{self.queue_rows} rows ({held_bytes / 2**20:.1f} MiB) wait, at most {self._max_queue_rows} rows"
-                f" and {self._max_queue_bytes / 2**20:.0f} MiB may; this call has {n_rows} rows, {n_bytes} bytes"
+                f" and {self._max_queue_bytes / 2**20:.0f} MiB may; this call has {n_rows} rows, {n_bytes} bytes",
+                queue_s=wait_s,
+            )
+        if timeout_s is not None and wait_s > timeout_s:
+            raise BusyError(
+                f"{self.queue_rows} rows wait, for {wait_s:.3f} s by the pace of late; this call's deadline is in "
+                f"{timeout_s:.3f} s",
+                queue_s=wait_s,
             )
 
     @contextmanager
-    def reserving(self, n_bytes: int) -> Generator[None]:
-        """Room for a message until it is decoded, and joins the queue as a call; BusyError when there is none."""
-        self.check_room(n_bytes)
+    def reserving(self, n_bytes: int, *, timeout_s: float | None = None) -> Generator[None]:
+        """Room for a message until it is decoded, and joins the queue as a call; BusyError as `check_room`."""
+        self.check_room(n_bytes, timeout_s=timeout_s)
         self.reserved_bytes += n_bytes
         try:
             yield
@@ -160,7 +211,7 @@ class Batcher:
             raise BusyError("this peer is stopping")
         job = self._flights.get(flight_key)
         if job is None or not job.waiters:
-            self.check_room(n_bytes, n_rows)
+            self.check_room(n_bytes, n_rows, timeout_s=timeout_s)
             job = _Job(
                 call=call,
                 n_rows=n_rows,
@@ -171,6 +222,7 @@ class Batcher:
             )
             self._flights[flight_key] = job
             self._queues.setdefault((call.layer, kind), _Queue(kind)).jobs.append(job)
+            self._waiting_rows[kind] += n_rows
             self.queue_rows += n_rows
             self.queue_bytes += n_bytes
         job.deadline_s = max(job.deadline_s, deadline_s)
@@ -196,6 +248,7 @@ class Batcher:
             now_s = self._clock()
             while queue.jobs and (not batch or n_rows + queue.jobs[0].n_rows <= self._max_batch_rows):
                 job = queue.jobs.popleft()
+                self._waiting_rows[queue.kind] -= job.n_rows
                 self.queue_rows -= job.n_rows
                 self.queue_bytes -= job.n_bytes
                 if not job.waiters or job.deadline_s <= now_s:
@@ -225,12 +278,15 @@ class Batcher:
         kind, batch = self._next_batch()
         if batch:
             started_s = self._clock()
+            n_rows = sum(job.n_rows for job in batch)
+            self._running_until_s = started_s + n_rows * self._row_times[kind].s_per_row
             self._running = self._device.submit(self._handlers[kind], [job.call for job in batch])
-            self._running.add_done_callback(lambda work: self._finished(work, batch, started_s))
+            self._running.add_done_callback(lambda work: self._finished(work, kind, batch, started_s))
 
-    def _finished(self, work: asyncio.Future[Sequence[Any]], batch: list[_Job], started_s: float) -> None:
+    def _finished(self, work: asyncio.Future[Sequence[Any]], kind: Kind, batch: list[_Job], started_s: float) -> None:
         self._running = None
-        compute_us = _microseconds(self._clock() - started_s)
+        took_s = self._clock() - started_s
+        compute_us = _microseconds(took_s)
         if work.cancelled():
             results: Sequence[Any] = [BusyError("this peer is stopping")] * len(batch)
         elif (error := work.exception()) is not None:
@@ -238,6 +294,7 @@ class Batcher:
             results = [error] * len(batch)
         else:
             results = work.result()
+            self._row_times[kind].note(sum(job.n_rows for job in batch), took_s)
         for job, result in zip(batch, results, strict=True):
             self._land(job)
             if not isinstance(result, BaseException):

@@ -6,7 +6,8 @@
     UnknownExpertError                       NOT_FOUND              ask another peer
     InputsGoneError                          FAILED_PRECONDITION    send the inputs along
     StaleStepError                           ABORTED                drop these gradients
-    BusyError                                RESOURCE_EXHAUSTED     ask another replica, or later
+    BusyError                                RESOURCE_EXHAUSTED     ask another replica, or later; the trailing metadata
+                                                                    `moe-queue-us` says what the wait is just now
     the deadline passed in the queue         DEADLINE_EXCEEDED      ask another replica, or later
     a bug of ours (logged with traceback)    INTERNAL               tell us
 
@@ -39,7 +40,7 @@ from moe_net.errors import (
 )
 from moe_net.experts.host import ExpertHost
 from moe_net.proto.v1 import expert_pb2
-from moe_net.rpc.grpc_client import PEER_ID_KEY, channel_options
+from moe_net.rpc.grpc_client import PEER_ID_KEY, QUEUE_US_KEY, channel_options
 from moe_net.wire import codec
 from moe_net.wire.exchange import CHUNK_BYTES
 from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
@@ -205,35 +206,35 @@ class ExpertServer:
         )
 
     async def _forward(self, raw: bytes, context: Context) -> bytes:
-        async with _answering(context, "Forward"):
-            with self._batcher.reserving(len(raw)):
+        async with self._answering(context, "Forward"):
+            with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
                 call = await self._sized(len(raw), self._read_forward, raw)
             answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
             return await self._sized(answer.y_RD.nbytes, codec.encode_forward_answer, answer)
         raise AssertionError("unreachable: _answering does not swallow")
 
     async def _backward(self, raw: bytes, context: Context) -> bytes:
-        async with _answering(context, "Backward"):
-            with self._batcher.reserving(len(raw)):
+        async with self._answering(context, "Backward"):
+            with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
                 call = await self._sized(len(raw), self._read_backward, raw)
             answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
             return await self._sized(answer.dx_RD.nbytes, codec.encode_backward_answer, answer)
         raise AssertionError("unreachable: _answering does not swallow")
 
     async def _commit(self, raw: bytes, context: Context) -> bytes:
-        async with _answering(context, "Commit"):
+        async with self._answering(context, "Commit"):
             call = codec.decode_commit_call(raw)
             # Once begun it is applied whole, whether or not the caller is still there to hear of it.
             return codec.encode_commit_answer(await self._device.run(self._host.commit, call))
         raise AssertionError("unreachable: _answering does not swallow")
 
     async def _info(self, raw: bytes, context: Context) -> bytes:
-        async with _answering(context, "Info"):
+        async with self._answering(context, "Info"):
             return (await self._device.run(self._describe)).SerializeToString()
         raise AssertionError("unreachable: _answering does not swallow")
 
     async def _fetch(self, raw: bytes, context: Context) -> None:
-        async with _answering(context, "Fetch"):
+        async with self._answering(context, "Fetch"):
             with self._fetches.one():
                 layer, indices = codec.decode_fetch_call(raw, self._limits)
                 taker = _peer_id_of(context)
@@ -263,7 +264,7 @@ class ExpertServer:
         return state
 
     async def _exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        async with _answering(context, "Exchange"):
+        async with self._answering(context, "Exchange"):
             await self.replicator.answer(requests, context.write, limit_s=context.time_remaining())
 
     async def _sized(self, n_bytes: int, work: Callable[[InT], OutT], value: InT) -> OutT:
@@ -304,6 +305,23 @@ class ExpertServer:
             max_message_bytes=self._limits.max_message_bytes,
         )
 
+    @asynccontextmanager
+    async def _answering(self, context: Context, method: str) -> AsyncGenerator[None]:
+        """The one place where errors become statuses."""
+        try:
+            yield
+        except REFUSALS as error:
+            code = next(code for kind, code in STATUS_OF if isinstance(error, kind))
+            trailing: tuple[tuple[str, str], ...] = ()
+            if isinstance(error, BusyError):
+                # Also when it was something else that is full: it is what a call here costs now.
+                queue_s = error.queue_s or self._batcher.expected_wait_s
+                trailing = ((QUEUE_US_KEY, str(int(queue_s * 1e6))),)
+            await context.abort(code, str(error) or type(error).__name__, trailing)
+        except OUR_BUGS as error:
+            log.exception("%s failed by a bug of ours", method)
+            await context.abort(grpc.StatusCode.INTERNAL, f"{method} failed by a bug of ours: {type(error).__name__}")
+
     @classmethod
     @asynccontextmanager
     async def serving(
@@ -316,19 +334,6 @@ class ExpertServer:
             yield server
         finally:
             await server.stop(grace_s=grace_s)
-
-
-@asynccontextmanager
-async def _answering(context: Context, method: str) -> AsyncGenerator[None]:
-    """The one place where errors become statuses."""
-    try:
-        yield
-    except REFUSALS as error:
-        code = next(code for kind, code in STATUS_OF if isinstance(error, kind))
-        await context.abort(code, str(error) or type(error).__name__)
-    except OUR_BUGS as error:
-        log.exception("%s failed by a bug of ours", method)
-        await context.abort(grpc.StatusCode.INTERNAL, f"{method} failed by a bug of ours: {type(error).__name__}")
 
 
 def _peer_id_of(context: Context) -> str | None:

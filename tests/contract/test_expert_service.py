@@ -26,12 +26,14 @@ from moe_net.errors import MoeNetError
 from moe_net.experts.host import ExpertHost
 from moe_net.model.config import ModelConfig, RouterConfig
 from moe_net.proto.v1 import expert_pb2, expert_pb2_grpc, tensor_pb2
+from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.grpc_client import GrpcTransport
 from moe_net.types import Encoding, PeerInfo
 from moe_net.wire import compress
 from moe_net.wire.messages import BackwardCall, CommitCall, ForwardAnswer, ForwardCall, RoutedRows
 from moe_net.wire.snapshot import unpack
 from moe_net.wire.validate import Limits
+from moe_peer.batcher import Kind
 from moe_peer.server import INLINE_BYTES, SERVICE, ExpertServer
 
 NUMBERS = itertools.count()
@@ -342,6 +344,57 @@ def test_as_many_calls_are_taken_in_as_memory_allows(queue_mib: int, message_mib
     limits = Limits(max_message_bytes=message_mib << 20)
     server = ExpertServer(new_host(), run=RUN, peer_id="p", limits=limits, max_queue_bytes=queue_mib << 20)
     assert server._max_concurrent_calls == calls
+
+
+async def test_a_wait_longer_than_the_deadline_is_refused_with_the_wait_in_the_trailing_metadata() -> None:
+    host = Gated()
+    host.gate.set()
+    async with serving(host) as (server, client):
+        await client.transport.forward(client.peer, forward_call(), timeout_s=30)
+        await begun(host)
+        host.gate.clear()
+        # By the pace of late a row takes one second: 5 run, 5 wait.
+        pace = server._batcher._row_times[Kind.FORWARD]
+        pace.mean_s = pace.mean_rows = 10.0
+        running = client.stub.Forward(stock_forward(forward_call()), timeout=60)
+        await begun(host)
+        waiting = client.stub.Forward(stock_forward(forward_call()), timeout=60)
+        await waiting_rows(server, 5)
+        with pytest.raises(CallError) as caught:
+            await client.transport.forward(client.peer, forward_call(), timeout_s=2)
+        assert caught.value.failure is CallFailure.BUSY
+        assert 5 < caught.value.queue_s <= 10
+        with pytest.raises(grpc.aio.AioRpcError) as stock:
+            await client.stub.Backward(stock_backward(backward_call(forward_call(), resend=True)), timeout=2)
+        trailing = dict(stock.value.trailing_metadata())
+        assert 5e6 < int(str(trailing["moe-queue-us"])) <= 10e6
+        host.gate.set()
+        assert (await running).y.rows == (await waiting).y.rows == 5
+    assert host.calls == 3
+
+
+@pytest.mark.parametrize("said", ["", "soon", "-5", "1e9", "9" * 400, "²"])
+async def test_nonsense_about_the_wait_is_no_wait_or_a_long_one(said: str) -> None:
+    async def busy(_: bytes, context: Any) -> bytes:
+        trailing = (("moe-queue-us", said),) if said.isascii() else (("moe-queue-us-bin", said.encode()),)
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", trailing)
+        raise AssertionError
+
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    handlers = {"Forward": grpc.unary_unary_rpc_method_handler(busy)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    transport = GrpcTransport(run=RUN.name, shape=RUN.model.expert_shape)
+    try:
+        peer = PeerInfo(peer_id="p", address=f"127.0.0.1:{port}", experts=())
+        with pytest.raises(CallError) as caught:
+            await transport.forward(peer, forward_call(), timeout_s=10)
+    finally:
+        await transport.close()
+        await server.stop(None)
+    assert caught.value.failure is CallFailure.BUSY
+    assert caught.value.queue_s == (10_000 if said.startswith("9") else 0)
 
 
 async def test_a_call_whose_client_left_is_not_computed() -> None:

@@ -15,7 +15,7 @@ import torch
 from moe_net.errors import BusyError, MoeNetError, WireError
 from moe_net.types import Encoding
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
-from moe_peer.batcher import Batcher
+from moe_peer.batcher import LARGEST_SURPRISE, Batcher, RowTime
 from moe_peer.device import DeviceThread
 
 NUMBERS = itertools.count()
@@ -184,6 +184,105 @@ async def test_a_full_queue_refuses_and_says_how_much_waits(limit: str) -> None:
         work.gate.set()
     assert (batcher.queue_rows, batcher.queue_bytes) == (0, 0)
     assert [steps for _, _, steps in work.batches] == [[0], [1, 3]]
+
+
+async def paced(work: Work, clock: Clock, batcher: Batcher, s_per_row: float) -> None:
+    """One batch of ten rows that took that long for each."""
+    work.gate.clear()
+    running = asyncio.create_task(batcher.forward(forward_call(0, n_rows=10)))
+    await begun(work)
+    clock.now_s += 10 * s_per_row
+    work.gate.set()
+    await running
+    work.gate.clear()
+
+
+async def test_a_call_that_would_wait_past_its_deadline_is_refused_at_once_and_told_the_wait() -> None:
+    work, clock = Work(), Clock()
+    async with batching(work, clock) as batcher, asyncio.TaskGroup() as group:
+        await paced(work, clock, batcher, 0.1)
+        assert batcher.expected_wait_s == 0
+        group.create_task(batcher.forward(forward_call(1, n_rows=20), timeout_s=0.5))  # nothing waits: taken
+        await begun(work)
+        assert batcher.expected_wait_s == pytest.approx(2, rel=1e-3)
+        group.create_task(batcher.forward(forward_call(2, n_rows=30), timeout_s=2.5))
+        await queued(batcher, 30)
+        assert batcher.expected_wait_s == pytest.approx(5, rel=1e-3)
+        with pytest.raises(BusyError, match="30 rows wait, for 5") as caught:
+            await batcher.forward(forward_call(3), timeout_s=4.9)
+        assert caught.value.queue_s == pytest.approx(5, rel=1e-3)
+        group.create_task(batcher.forward(forward_call(4), timeout_s=5.1))
+        group.create_task(batcher.forward(forward_call(5)))
+        await queued(batcher, 32)
+        # As what runs gets done, there is room for less patient ones; what runs too long counts as nearly done.
+        clock.now_s += 1
+        assert batcher.expected_wait_s == pytest.approx(1 + 3.2, rel=1e-3)
+        clock.now_s += 0.3
+        work.gate.set()
+    assert (batcher.queue_rows, batcher.expected_wait_s) == (0, 0)
+    assert [steps for _, _, steps in work.batches] == [[0], [1], [2, 4, 5]], "in the order of arrival"
+
+
+async def test_a_refusal_for_room_says_the_wait_as_well() -> None:
+    work, clock = Work(), Clock()
+    async with batching(work, clock, queue_rows=5) as batcher, asyncio.TaskGroup() as group:
+        await paced(work, clock, batcher, 0.1)
+        group.create_task(batcher.forward(forward_call(1)))
+        await begun(work)
+        group.create_task(batcher.forward(forward_call(2, n_rows=4)))
+        await queued(batcher, 4)
+        with pytest.raises(BusyError, match="at most 5 rows") as caught:
+            await batcher.forward(forward_call(3, n_rows=2))
+        assert caught.value.queue_s == pytest.approx(0.5, rel=1e-2)
+        work.gate.set()
+
+
+async def test_forward_and_backward_have_their_own_pace_and_nothing_is_refused_on_a_guess() -> None:
+    work, clock = Work(), Clock()
+    async with batching(work, clock) as batcher, asyncio.TaskGroup() as group:
+        await paced(work, clock, batcher, 0.1)
+        group.create_task(batcher.backward(backward_call(1), timeout_s=1))
+        await begun(work)
+        group.create_task(batcher.backward(backward_call(2), timeout_s=1e-2))
+        await queued(batcher, 1)
+        assert batcher.expected_wait_s == 0, "no backward has been seen"
+        group.create_task(batcher.forward(forward_call(3), timeout_s=1e-2))
+        await queued(batcher, 2)
+        assert batcher.expected_wait_s == pytest.approx(0.1, rel=1e-3)
+        work.gate.set()
+
+
+async def test_an_equal_call_in_flight_is_joined_however_long_the_queue_is() -> None:
+    work, clock = Work(), Clock()
+    async with batching(work, clock) as batcher, asyncio.TaskGroup() as group:
+        await paced(work, clock, batcher, 0.1)
+        group.create_task(batcher.forward(forward_call(1, n_rows=50)))
+        await begun(work)
+        call = forward_call(2)
+        group.create_task(batcher.forward(call))
+        await queued(batcher, 1)
+        again = group.create_task(batcher.forward(call, timeout_s=0.001))
+        await queued(batcher, 1)
+        work.gate.set()
+        assert (await again).y_RD is call.rows.x_RD
+
+
+def test_one_batch_that_stood_still_is_not_believed_and_a_slower_machine_is() -> None:
+    pace = RowTime()
+    pace.note(100, 1.0)
+    assert pace.s_per_row == pytest.approx(0.01)
+    pace.note(100, 20.0)
+    assert pace.s_per_row <= 0.01 * (1 + 0.2 * (LARGEST_SURPRISE - 1)) + 1e-9
+    for _ in range(10):
+        pace.note(100, 1.0)
+    assert pace.s_per_row < 0.0115
+    for _ in range(15):
+        pace.note(100, 10.0)
+    assert pace.s_per_row > 0.08
+    pace = RowTime()
+    pace.note(1000, 1.0)
+    pace.note(1, 0.1)
+    assert pace.s_per_row < 0.0013, "a batch of one row says little of a full one"
 
 
 async def test_a_call_larger_than_the_queue_is_taken_when_nothing_waits() -> None:

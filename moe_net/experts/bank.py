@@ -161,9 +161,11 @@ class ExpertBank:
         self.committed_tokens += tokens
         if self.committed_tokens < self.global_batch_tokens:
             return False
+        before = torch.tensor(self._optimizer.versions)
         self._optimizer.step(self.committed_tokens)
         self._generation += 1
-        self._stepped_rows_E += self._summed_rows_E
+        # Not of an expert whose sum was not finite: it has learned nothing from those rows.
+        self._stepped_rows_E += self._summed_rows_E * (torch.tensor(self._optimizer.versions) - before)
         self._summed_rows_E.zero_()
         self.committed_tokens = 0
         return True

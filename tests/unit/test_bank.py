@@ -351,3 +351,52 @@ def test_a_snapshot_of_another_run_or_shape_is_refused() -> None:
 def test_a_header_that_is_none_is_refused(header: bytes) -> None:
     with pytest.raises(CheckpointError):
         snapshot.unpack(len(header).to_bytes(8, "little") + header, run="demo", shape=SHAPE)
+
+
+def test_rows_count_for_an_expert_once_it_has_stepped_on_them() -> None:
+    bank = make_bank()
+    dy, x, slots, gates = make_rows(1)
+    expected = dict(zip(bank.indices, [int((slots == slot).sum()) for slot in range(3)], strict=True))
+    bank.backward(dy, x, slots, gates, None)
+    bank.backward(dy, x, slots, gates, None, accumulate=False)
+    assert bank.stepped_rows == dict.fromkeys(bank.indices, 0)
+    bank.commit(R)
+    assert bank.stepped_rows == expected
+    bank.backward(dy, x, slots, gates, None)
+    bank._optimizer.grads.w_in_EDH[1, 0, 0] = torch.inf
+    bank.commit(R)
+    twice = {index: 2 * rows for index, rows in expected.items()}
+    assert bank.stepped_rows == twice | {5: expected[5]}, "one whose sum is not finite has learned nothing"
+
+
+def test_a_subtracted_gradient_is_gone_up_to_rounding_with_its_rows() -> None:
+    bank, without = make_bank(), make_bank()
+    first, second = make_rows(1), make_rows(2)
+    for rows in (first, second):
+        bank.backward(*rows, None)
+    bank.subtract(*second)
+    without.backward(*first, None)
+    for now, expected in zip(bank._optimizer.grads, without._optimizer.grads, strict=True):
+        torch.testing.assert_close(now, expected)
+    bank.commit(R)
+    without.commit(R)
+    assert bank.stepped_rows == without.stepped_rows
+
+
+def test_a_replaced_state_leaves_sums_and_commits_and_ends_what_was_saved() -> None:
+    bank, other = make_bank(), make_bank()
+    rows = make_rows(1)
+    other.backward(*rows, None)
+    other.commit(R)
+    dy, x, slots, gates = make_rows(2)
+    _, saved = bank.forward(x, slots, gates, keep=True)
+    bank.backward(*rows, None)
+    bank.commit(R - 1)
+    sums = [grad.clone() for grad in bank._optimizer.grads]
+    bank.replace_state(other.state())
+    assert_same_state(bank.state(), other.state())
+    assert bank.committed_tokens == R - 1
+    assert all(torch.equal(now, then) for now, then in zip(bank._optimizer.grads, sums, strict=True))
+    assert saved is not None
+    dx, _ = bank.backward(dy, x, slots, gates, saved, accumulate=False)
+    assert torch.equal(dx, other.backward(dy, x, slots, gates, None, accumulate=False)[0])

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
-import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +13,23 @@ import grpc.aio
 import numpy as np
 import pytest
 import torch
+from expert_calls import (
+    ENCODINGS,
+    RUN,
+    Client,
+    D,
+    Gated,
+    backward_call,
+    begun,
+    forward_call,
+    new_host,
+    refused,
+    serving,
+    stock_backward,
+    stock_forward,
+    values,
+    waiting_rows,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from wire_calls import varint
@@ -24,125 +38,13 @@ from moe_net.client import make_banks
 from moe_net.config import RunConfig
 from moe_net.errors import MoeNetError
 from moe_net.experts.host import ExpertHost
-from moe_net.model.config import ModelConfig, RouterConfig
-from moe_net.proto.v1 import expert_pb2, expert_pb2_grpc, tensor_pb2
-from moe_net.rpc.base import CallError, CallFailure
-from moe_net.rpc.grpc_client import GrpcTransport
-from moe_net.types import Encoding, PeerInfo
-from moe_net.wire import compress
-from moe_net.wire.messages import BackwardCall, CommitCall, ForwardAnswer, ForwardCall, RoutedRows
+from moe_net.model.config import ModelConfig
+from moe_net.proto.v1 import expert_pb2
+from moe_net.types import Encoding
+from moe_net.wire.messages import CommitCall, ForwardAnswer, ForwardCall
 from moe_net.wire.snapshot import unpack
 from moe_net.wire.validate import Limits
-from moe_peer.batcher import Kind
-from moe_peer.server import INLINE_BYTES, SERVICE, ExpertServer
-
-NUMBERS = itertools.count()
-D = 8
-RUN = RunConfig(
-    name="contract",
-    model=ModelConfig(
-        d_model=D, d_ff_expert=6, n_layers=2, n_experts=4, n_heads=1, n_kv_heads=1, head_dim=8, init_std=0.5,
-        router=RouterConfig(experts_per_token=2),
-    ),
-    global_batch_tokens=100,
-)  # fmt: skip
-HOSTED = [e for e in RUN.model.expert_ids if e.index != 3]
-ENCODINGS = list(Encoding)
-
-
-class Client:
-    """One server's address as a stock stub, as our transport, and as a bare channel."""
-
-    def __init__(self, server: ExpertServer) -> None:
-        self.peer = PeerInfo(peer_id="p", address=server.address, experts=tuple(HOSTED))
-        self.transport = GrpcTransport(run=RUN.name, shape=RUN.model.expert_shape)
-        options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-        self.channel = grpc.aio.insecure_channel(server.address, options=options)
-        self.stub: Any = expert_pb2_grpc.ExpertServiceStub(self.channel)
-
-    async def close(self) -> None:
-        await self.transport.close()
-        await self.channel.close()
-
-
-def new_host() -> ExpertHost:
-    return ExpertHost(make_banks(RUN, HOSTED))
-
-
-@asynccontextmanager
-async def serving(host: ExpertHost | None = None, **settings: Any) -> AsyncIterator[tuple[ExpertServer, Client]]:
-    async with ExpertServer.serving(
-        host or new_host(), run=RUN, peer_id="p", listen="127.0.0.1:0", grace_s=5.0, **settings
-    ) as server:
-        client = Client(server)
-        try:
-            yield server, client
-        finally:
-            await client.close()
-
-
-def forward_call(*, encoding: Encoding = Encoding.FP32, n_rows: int = 5, step: int = 0, seed: int = 0) -> ForwardCall:
-    draw = torch.Generator().manual_seed(seed)
-    experts = [[r % 3, 3] if r % 2 else [(r + 1) % 3] for r in range(n_rows)]
-    flat = [e for row in experts for e in row]
-    rows = RoutedRows(
-        x_RD=torch.randn(n_rows, D, generator=draw),
-        experts_per_row_R=torch.tensor([len(row) for row in experts], dtype=torch.int32),
-        expert_index_P=torch.tensor(flat, dtype=torch.int32),
-        gate_P=torch.rand(len(flat), generator=draw) + 0.1,
-    )
-    return ForwardCall(
-        call_id=next(NUMBERS).to_bytes(16, "big"), trainer="t", step=step, layer=1, rows=rows,
-        encoding=encoding, reply_encoding=encoding,
-    )  # fmt: skip
-
-
-def backward_call(of: ForwardCall, *, resend: bool = False) -> BackwardCall:
-    grad = torch.randn(of.rows.x_RD.shape, generator=torch.Generator().manual_seed(9))
-    return BackwardCall(
-        call_id=of.call_id, trainer=of.trainer, step=of.step, layer=of.layer, grad_RD=grad,
-        rows=of.rows if resend else None, encoding=of.encoding, reply_encoding=of.reply_encoding,
-    )  # fmt: skip
-
-
-def matrix(x_RD: torch.Tensor, encoding: Encoding) -> tensor_pb2.Matrix:
-    return tensor_pb2.Matrix(rows=x_RD.shape[0], cols=x_RD.shape[1], encoding=int(encoding))  # type: ignore[arg-type]
-
-
-def stock_forward(call: ForwardCall) -> expert_pb2.ForwardRequest:
-    """As a client in any language would write it from the .proto alone."""
-    return expert_pb2.ForwardRequest(
-        call_id=call.call_id, trainer=call.trainer, step=call.step, layer=call.layer, train=call.train,
-        reply_encoding=int(call.reply_encoding), x=matrix(call.rows.x_RD, call.encoding),  # type: ignore[arg-type]
-        experts_per_row=call.rows.experts_per_row_R.tolist(), expert_index=call.rows.expert_index_P.tolist(),
-        gate=call.rows.gate_P.tolist(), x_data=bytes(compress.encode(call.rows.x_RD, call.encoding)),
-    )  # fmt: skip
-
-
-def stock_backward(call: BackwardCall) -> expert_pb2.BackwardRequest:
-    request = expert_pb2.BackwardRequest(
-        call_id=call.call_id, trainer=call.trainer, step=call.step, layer=call.layer,
-        reply_encoding=int(call.reply_encoding), grad=matrix(call.grad_RD, call.encoding),  # type: ignore[arg-type]
-        grad_data=bytes(compress.encode(call.grad_RD, call.encoding)),
-    )  # fmt: skip
-    if call.rows is not None:
-        request.x.CopyFrom(matrix(call.rows.x_RD, call.encoding))
-        request.x_data = bytes(compress.encode(call.rows.x_RD, call.encoding))
-        request.experts_per_row.extend(call.rows.experts_per_row_R.tolist())
-        request.expert_index.extend(call.rows.expert_index_P.tolist())
-        request.gate.extend(call.rows.gate_P.tolist())
-    return request
-
-
-def values(data: bytes, stated: tensor_pb2.Matrix) -> torch.Tensor:
-    return compress.decode(memoryview(data), stated.rows, stated.cols, Encoding(stated.encoding))
-
-
-async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    assert caught.value.details()
-    return caught.value.code(), caught.value.details() or ""
+from moe_peer.server import SERVICE, ExpertServer
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -261,140 +163,6 @@ async def test_a_message_over_the_limit_is_refused_by_its_length() -> None:
         code, _ = await refused(client.stub.Forward(big, timeout=10))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (await client.stub.Forward(stock_forward(forward_call()), timeout=10)).y.rows == 5
-
-
-class Gated(ExpertHost):
-    """A real host whose device stands still while `gate` is cleared."""
-
-    def __init__(self) -> None:
-        super().__init__(make_banks(RUN, HOSTED))
-        self.gate, self.begun = threading.Event(), threading.Semaphore(0)
-        self.bug: Exception | None = None
-        self.calls = 0
-
-    def forward_many(self, calls: Sequence[ForwardCall]) -> list[Any]:
-        self.begun.release()
-        assert self.gate.wait(60)
-        if self.bug is not None:
-            raise self.bug
-        self.calls += len(calls)
-        return super().forward_many(calls)
-
-
-async def begun(host: Gated) -> None:
-    assert await asyncio.to_thread(host.begun.acquire, timeout=60)
-
-
-async def waiting_rows(server: ExpertServer, queue_rows: int) -> None:
-    """The given number of rows wait. (Info itself needs the device, which stands still.)"""
-    async with asyncio.timeout(30):
-        while server._batcher.queue_rows != queue_rows:  # noqa: ASYNC110
-            await asyncio.sleep(0)
-
-
-async def test_a_full_queue_is_resource_exhausted_and_says_how_much_waits() -> None:
-    host = Gated()
-    async with serving(host, max_queue_rows=6) as (server, client):
-        running = client.stub.Forward(stock_forward(forward_call()), timeout=30)
-        await begun(host)
-        waiting = client.stub.Forward(stock_forward(forward_call()), timeout=30)
-        await waiting_rows(server, 5)
-        code, details = await refused(client.stub.Forward(stock_forward(forward_call()), timeout=30))
-        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "5 rows" in details
-        host.gate.set()
-        assert (await running).y.rows == (await waiting).y.rows == 5
-
-
-@pytest.mark.parametrize("method", ["Forward", "Backward"])
-async def test_messages_that_wait_to_be_read_count_towards_the_queue(method: str) -> None:
-    """Large ones are read on a thread: those behind it held their memory uncounted."""
-    calls = [forward_call(n_rows=50_000, seed=seed) for seed in range(3)]
-    requests: list[Any] = [
-        stock_forward(call) if method == "Forward" else stock_backward(backward_call(call, resend=True))
-        for call in calls
-    ]
-    n_bytes = requests[0].ByteSize()
-    assert n_bytes > INLINE_BYTES
-    async with serving(max_queue_bytes=3 * n_bytes - 1) as (server, client):
-        send = getattr(client.stub, method)
-        gate = threading.Event()
-        server._codec.submit(gate.wait, 60)
-        waiting = [send(request, timeout=60) for request in requests[:2]]
-        async with asyncio.timeout(30):
-            while server._batcher.reserved_bytes != 2 * n_bytes:  # noqa: ASYNC110
-                await asyncio.sleep(0)
-        code, details = await refused(send(requests[2], timeout=60))
-        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "MiB) wait" in details
-        gate.set()
-        await asyncio.gather(*waiting)
-        assert (server._batcher.reserved_bytes, server._batcher.queue_bytes) == (0, 0)
-        await send(requests[2], timeout=60)
-        bad = replace(calls[0].rows, expert_index_P=calls[0].rows.expert_index_P + 100)
-        code, _ = await refused(client.stub.Forward(stock_forward(replace(calls[0], rows=bad)), timeout=60))
-        assert code is grpc.StatusCode.INVALID_ARGUMENT
-        assert server._batcher.reserved_bytes == 0, "what is refused is not held"
-
-
-@pytest.mark.parametrize(
-    ("queue_mib", "message_mib", "calls"), [(256, 32, 64), (1024, 32, 256), (256, 1, 512), (8, 32, 64)]
-)
-def test_as_many_calls_are_taken_in_as_memory_allows(queue_mib: int, message_mib: int, calls: int) -> None:
-    limits = Limits(max_message_bytes=message_mib << 20)
-    server = ExpertServer(new_host(), run=RUN, peer_id="p", limits=limits, max_queue_bytes=queue_mib << 20)
-    assert server._max_concurrent_calls == calls
-
-
-async def test_a_wait_longer_than_the_deadline_is_refused_with_the_wait_in_the_trailing_metadata() -> None:
-    host = Gated()
-    host.gate.set()
-    async with serving(host) as (server, client):
-        await client.transport.forward(client.peer, forward_call(), timeout_s=30)
-        await begun(host)
-        host.gate.clear()
-        # By the pace of late a row takes one second: 5 run, 5 wait.
-        pace = server._batcher._row_times[Kind.FORWARD]
-        pace.mean_s = pace.mean_rows = 10.0
-        running = client.stub.Forward(stock_forward(forward_call()), timeout=60)
-        await begun(host)
-        waiting = client.stub.Forward(stock_forward(forward_call()), timeout=60)
-        await waiting_rows(server, 5)
-        with pytest.raises(CallError) as caught:
-            await client.transport.forward(client.peer, forward_call(), timeout_s=2)
-        assert caught.value.failure is CallFailure.BUSY
-        assert 5 < caught.value.queue_s <= 10
-        with pytest.raises(grpc.aio.AioRpcError) as stock:
-            await client.stub.Backward(stock_backward(backward_call(forward_call(), resend=True)), timeout=2)
-        trailing = dict(stock.value.trailing_metadata())
-        assert 5e6 < int(str(trailing["moe-queue-us"])) <= 10e6
-        host.gate.set()
-        assert (await running).y.rows == (await waiting).y.rows == 5
-    assert host.calls == 3
-
-
-@pytest.mark.parametrize("said", ["", "soon", "-5", "1e9", "9" * 400, "²"])
-async def test_nonsense_about_the_wait_is_no_wait_or_a_long_one(said: str) -> None:
-    async def busy(_: bytes, context: Any) -> bytes:
-        trailing = (("moe-queue-us", said),) if said.isascii() else (("moe-queue-us-bin", said.encode()),)
-        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", trailing)
-        raise AssertionError
-
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    handlers = {"Forward": grpc.unary_unary_rpc_method_handler(busy)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    transport = GrpcTransport(run=RUN.name, shape=RUN.model.expert_shape)
-    try:
-        peer = PeerInfo(peer_id="p", address=f"127.0.0.1:{port}", experts=())
-        with pytest.raises(CallError) as caught:
-            await transport.forward(peer, forward_call(), timeout_s=10)
-    finally:
-        await transport.close()
-        await server.stop(None)
-    assert caught.value.failure is CallFailure.BUSY
-    assert caught.value.queue_s == (10_000 if said.startswith("9") else 0)
 
 
 async def test_a_call_whose_client_left_is_not_computed() -> None:

@@ -30,7 +30,12 @@ protos: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/discovery.py
+	$(BIN)/python benchmarks/failures.py
+	$(BIN)/python benchmarks/hedging.py
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/overload.py
+	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/replicas.py
 	$(BIN)/python benchmarks/vs_hivemind.py
 	$(BIN)/python benchmarks/wire.py
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sys
 from typing import Any
@@ -48,7 +49,7 @@ async def serve(peer_id: str, fraction: float, stall_s: float, seed: int) -> Non
     server.stall(fraction, stall_s, seed)
     await server.start("127.0.0.1:0")
     try:
-        say(event="ready", address=server.address)
+        say(event="ready", address=server.address, pid=os.getpid())
         await asyncio.Event().wait()
     finally:
         await server.stop(grace_s=0.0)

@@ -82,6 +82,7 @@ def join_run(
     policy: CallPolicy | None = None,
     on_event: EventSink = ignore,
     wait_s: float = 60.0,
+    spread: bool = False,
 ) -> Generator[Membership]:
     """Join the run `name` (None: the only one there) by any of `addresses`; waits for its experts.
 
@@ -91,7 +92,7 @@ def join_run(
     with Portal() as portal:
         stack = AsyncExitStack()
         try:
-            yield portal.run(_join(stack, portal, addresses, name, trainer, policy, on_event, wait_s))
+            yield portal.run(_join(stack, portal, addresses, name, trainer, policy, on_event, wait_s, spread))
         finally:
             portal.run(stack.aclose())
 
@@ -105,6 +106,7 @@ async def _join(
     policy: CallPolicy | None,
     on_event: EventSink,
     wait_s: float,
+    spread: bool,
 ) -> Membership:
     joined = await resolve_join(addresses)
     known = None if joined.manifest_json is None else from_json(RunConfig, joined.manifest_json)
@@ -141,6 +143,7 @@ async def _join(
         view=lambda: directory.view,
         encoding=run.wire_encoding,
         policy=policy,
+        spread=spread,
         on_event=noticed,
     )
     stack.push_async_callback(swarm.close)

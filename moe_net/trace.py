@@ -11,15 +11,17 @@ class FaultEvent:
     """Something that went wrong and was dealt with."""
 
     what: str
-    """`forward_failed`, `backward_failed`, `commit_failed`, `fetch_failed`, `peer_suspended`,
-    `no_live_experts`, `experts_carried_over`, `checkpoint_damaged`, `checkpoint_incomplete`,
-    `experts_differ`, `stale_gradient`."""
+    """`forward_failed`, `backward_failed`, `commit_failed`, `fetch_failed`: a call brought no answer;
+    `forward_overdue`, `backward_overdue`: it was late, and another replica was asked as well;
+    `peer_suspended`, `peer_back`, `peer_unlisted` (the directory has lost it, and it still answers);
+    `no_live_experts`, `stale_gradient`, `experts_differ`, `experts_carried_over`, `checkpoint_damaged`,
+    `checkpoint_incomplete`."""
     peer: str = ""
     """Peer id, when one peer is concerned."""
     layer: int = -1
     """MoE layer, when one is concerned."""
     action: str = ""
-    """What was done: `elsewhere`, `again`, `resend`, `give_up`, `masked`, ..."""
+    """What was done: `elsewhere`, `again`, `resend`, `give_up`, `hedge_won`, `hedge_lost`, `masked`, ..."""
     cost_s: float = 0.0
     """Time lost to it."""
     pairs: int = 0

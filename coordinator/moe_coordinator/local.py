@@ -27,6 +27,7 @@ from moe_coordinator.faults import FaultPlan
 from moe_coordinator.laboratory import Laboratory
 from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supervisor, describe_exit
 from moe_net.config import RunConfig
+from moe_net.signals import STOP, on_signals
 
 COORDINATOR = (sys.executable, "-m", "moe_coordinator.cli", "serve")
 PEER = (sys.executable, "-m", "moe_peer.cli", "serve")
@@ -79,6 +80,8 @@ def trainer_spec(options: LocalOptions, run: RunConfig, index: int, *, join: str
         "--resume": options.resume and options.resume / f"trainer-{index}",
     }
     argv = [text for flag, value in settings.items() if value is not None for text in (flag, str(value))]
+    if options.spread_replicas:
+        argv.append("--spread-replicas")
     return ChildSpec(
         name=f"trainer-{index}",
         argv=(*TRAINER, *argv),
@@ -127,10 +130,9 @@ class LocalSwarm:
             else:
                 supervisor.hurry()
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, ask, number)
         try:
-            await work
+            with on_signals(ask, (*STOP, signal.SIGHUP)):
+                await work
         except ChildError as error:
             self._say(str(error))
             return 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import signal
 import time
 from collections.abc import Sequence
 
@@ -15,6 +14,7 @@ from moe_coordinator.config import ServeOptions
 from moe_net.config import RunConfig, load_toml, to_json
 from moe_net.discovery.base import Discovery
 from moe_net.discovery.manifest import keep_manifest
+from moe_net.signals import on_signals
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,11 @@ async def publish_manifest(discovery: Discovery, manifest_json: str, *, ttl_s: f
 
 async def _serve(options: ServeOptions, run: RunConfig) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    with on_signals(lambda _: stop.set()):
+        await _serve_until(stop, options, run)
 
+
+async def _serve_until(stop: asyncio.Event, options: ServeOptions, run: RunConfig) -> None:
     # Imported here: hivemind and its torch take seconds, in which a wrong manifest has been reported already.
     from moe_coordinator.service import CoordinatorServicer, running_server
     from moe_net.discovery.dht import DhtDiscovery

@@ -9,6 +9,7 @@ for discovery: the view is whatever snapshot the owner's background task publish
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from collections.abc import Callable
@@ -61,13 +62,16 @@ class ExpertSwarm:
         latency: LatencyConfig | None = None,
         clock_s: Callable[[], float] = time.monotonic,
         sleep: Sleep = asyncio.sleep,
+        spread: bool = False,
         on_event: EventSink = ignore,
     ) -> None:
-        """`sleep`: how those wait who ask a suspended peer whether it is back."""
+        """`sleep`: how those wait who ask a suspended peer whether it is back. `spread`: of equal replicas take now one
+        and now another, instead of always the same."""
         # The suffix makes a restarted trainer a new one: its step numbers begin again.
         self.trainer = f"{trainer}-{secrets.token_hex(4)}"
         # Without the suffix: the same trainer prefers the same replicas, run after run.
         self._salt = trainer
+        self._spread = itertools.count() if spread else None
         self._transport = transport
         self._clock_s = clock_s
         self._on_event = on_event
@@ -108,8 +112,9 @@ class ExpertSwarm:
         DivergedError when `x_TD` is not finite.
         """
         _require_finite(x_TD, f"activations before the experts of layer {layer}")
+        salt = self._salt if self._spread is None else f"{self._salt}/{next(self._spread)}"
         work = ForwardPass(
-            self._caller, self.view, salt=self._salt, layer=layer, x_TD=x_TD, expert_ids_TK=expert_ids_TK,
+            self._caller, self.view, salt=salt, layer=layer, x_TD=x_TD, expert_ids_TK=expert_ids_TK,
             gates_TK=gates_TK, step=step, train=train,
         )  # fmt: skip
         return await work.run()

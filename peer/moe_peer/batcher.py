@@ -30,6 +30,7 @@ class Kind(StrEnum):
     BACKWARD = "backward"
 
 
+FAR_LARGER = 8
 SMOOTHING = 0.2
 """Weight of the newest batch in what a row takes: the last ten batches are nine tenths of it."""
 LARGEST_SURPRISE = 4.0
@@ -43,6 +44,8 @@ class RowTime:
 
     mean_s: float = 0.0
     mean_rows: float = 0.0
+    largest_rows: float = 0.0
+    """Of the batches of late."""
 
     @property
     def s_per_row(self) -> float:
@@ -50,8 +53,14 @@ class RowTime:
         is all overhead, and says little of a full one."""
         return self.mean_s / self.mean_rows if self.mean_rows else 0.0
 
+    def counted_rows(self, n_rows: int) -> float:
+        """Rows of a call for which the pace holds. Of one far larger than any before nothing is known: the time of five
+        rows is all overhead, and 50 000 times it would refuse for half a minute what takes half a second."""
+        return min(float(n_rows), FAR_LARGER * self.largest_rows)
+
     def note(self, n_rows: int, took_s: float) -> None:
         """A batch of `n_rows` took `took_s`."""
+        self.largest_rows = max(float(n_rows), (1 - SMOOTHING) * self.largest_rows)
         if not self.mean_rows:
             self.mean_s, self.mean_rows = took_s, float(n_rows)
             return
@@ -64,6 +73,8 @@ class RowTime:
 class _Job:
     call: Call
     n_rows: int
+    counted_rows: float
+    """See `RowTime`."""
     n_bytes: int
     arrived_s: float
     deadline_s: float
@@ -126,7 +137,7 @@ class Batcher:
         self._running: asyncio.Future[Sequence[Any]] | None = None
         self._stopped = False
         self._row_times = {kind: RowTime() for kind in Kind}
-        self._waiting_rows = dict.fromkeys(Kind, 0)
+        self._waiting_rows = dict.fromkeys(Kind, 0.0)
         self._running_until_s = 0.0
         """When what runs should be done, by the clock."""
         self.queue_rows = 0
@@ -215,6 +226,7 @@ class Batcher:
             job = _Job(
                 call=call,
                 n_rows=n_rows,
+                counted_rows=self._row_times[kind].counted_rows(n_rows),
                 n_bytes=n_bytes,
                 arrived_s=now_s,
                 deadline_s=deadline_s,
@@ -222,7 +234,7 @@ class Batcher:
             )
             self._flights[flight_key] = job
             self._queues.setdefault((call.layer, kind), _Queue(kind)).jobs.append(job)
-            self._waiting_rows[kind] += n_rows
+            self._waiting_rows[kind] += job.counted_rows
             self.queue_rows += n_rows
             self.queue_bytes += n_bytes
         job.deadline_s = max(job.deadline_s, deadline_s)
@@ -248,7 +260,7 @@ class Batcher:
             now_s = self._clock()
             while queue.jobs and (not batch or n_rows + queue.jobs[0].n_rows <= self._max_batch_rows):
                 job = queue.jobs.popleft()
-                self._waiting_rows[queue.kind] -= job.n_rows
+                self._waiting_rows[queue.kind] -= job.counted_rows
                 self.queue_rows -= job.n_rows
                 self.queue_bytes -= job.n_bytes
                 if not job.waiters or job.deadline_s <= now_s:
@@ -278,8 +290,8 @@ class Batcher:
         kind, batch = self._next_batch()
         if batch:
             started_s = self._clock()
-            n_rows = sum(job.n_rows for job in batch)
-            self._running_until_s = started_s + n_rows * self._row_times[kind].s_per_row
+            counted_rows = sum(job.counted_rows for job in batch)
+            self._running_until_s = started_s + counted_rows * self._row_times[kind].s_per_row
             self._running = self._device.submit(self._handlers[kind], [job.call for job in batch])
             self._running.add_done_callback(lambda work: self._finished(work, kind, batch, started_s))
 

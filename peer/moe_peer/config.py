@@ -140,7 +140,12 @@ class TrainConfig:
     wait_s: float = 60.0
     """How long to wait until every expert has a host, and, later on, for a layer's experts that are all gone."""
     call_timeout_s: float = 20.0
-    """Deadline of a layer's calls, retries included."""
+    """The most that a layer's calls may take, retries included; shorter deadlines are learned."""
+    hedge_fraction: float = 0.05
+    """Calls sent to a second replica because the first is late, as a share of all calls; 0: none."""
+    spread_replicas: bool = False
+    """Of equal replicas ask now one and now another. Otherwise a trainer keeps to its favourites, and the others learn
+    what these have learned from them."""
     fetch_timeout_s: float = 120.0
     """Deadline for one peer's experts, when a checkpoint is made."""
     min_experts_per_token: int = 1

@@ -72,6 +72,7 @@ class DisplayState:
     dropped_pairs: int = 0
     lost_gradient_pairs: int = 0
     retries: int = 0
+    hedges: int = 0
     events: tuple[Event, ...] = ()
     event_count: int = 0
     last_step_at_s: float = field(default=math.nan)
@@ -86,6 +87,7 @@ class DisplayState:
                 dropped_pairs=self.dropped_pairs + record.dropped_pairs,
                 lost_gradient_pairs=self.lost_gradient_pairs + record.lost_gradient_pairs,
                 retries=self.retries + record.retries,
+                hedges=self.hedges + record.hedges,
                 last_step_at_s=now_s,
             )
         if isinstance(record, EvalMetrics):
@@ -200,7 +202,8 @@ def _add_rows(table: Table, state: DisplayState, last: StepMetrics, *, width: in
     speed = f"{short(state.tokens_per_s)} tokens/s   {mean_s:.3g} s/step   lr {last.lr:.2g}   |g| {last.grad_norm:.3g}"
     table.add_row("speed", Text(speed))
     wire = f"{short(state.wire_bytes_per_token, 'B')}/token   {state.calls_per_step:.0f} calls/step   "
-    table.add_row("network", Text(f"{wire}{state.retries} retries"))
+    rows = f"{last.rows_per_token:.1f} rows/token   "
+    table.add_row("network", Text(f"{wire}{rows}{state.retries} retries   {state.hedges} hedges"))
     experts = Text()
     missing = last.live_experts < last.total_experts
     experts.append(f"{last.live_experts}/{last.total_experts} live", style="bold yellow" if missing else "")

@@ -42,6 +42,17 @@ class StepMetrics:
     calls: int = 0
     retries: int = 0
     """Of the calls, those that were not the first for their rows."""
+    hedges: int = 0
+    """Of the calls, those sent only because another replica was late."""
+    hedges_won: int = 0
+    failovers: int = 0
+    """Shipments that another replica took over."""
+    rows_sent: int = 0
+    """Rows sent forward; each token's row goes once to each server that has any of its experts."""
+    moved_pairs: int = 0
+    """Pairs whose expert was chosen only because of the latency bias."""
+    deadline_s: float = 0.0
+    """The longest deadline that a call of the step was given."""
     routed_pairs: int = 0
     """(token, expert) pairs the router asked for."""
     dropped_pairs: int = 0
@@ -61,6 +72,8 @@ class StepMetrics:
     """As `load_evenness` gives it: 1 when all experts get the same share of the pairs."""
     in_flight: int = 1
     """Micro-batches at once."""
+    at_s: float = 0.0
+    """Unix time at its end."""
     wait_s: float = 0.0
     """Of `step_s`, when the trainer computed nothing, because every micro-batch in flight waited for its experts."""
 
@@ -72,6 +85,11 @@ class StepMetrics:
     def nats_per_byte(self) -> float:
         """The loss on the scale of `EvalMetrics` and of the bigram model."""
         return self.loss * self.tokens / (self.text_bytes or self.tokens or 1)
+
+    @property
+    def rows_per_token(self) -> float:
+        """Rows sent forward per token, all layers together."""
+        return self.rows_sent / self.tokens if self.tokens else 0.0
 
     @property
     def wire_bytes_per_token(self) -> float:

@@ -122,13 +122,16 @@ def _network_rows(steps: Sequence[StepMetrics]) -> list[tuple[str, str]]:
     calls, retries = sum(step.calls for step in steps), sum(step.retries for step in steps)
     routed, dropped = sum(step.routed_pairs for step in steps), sum(step.dropped_pairs for step in steps)
     lost = sum(step.lost_gradient_pairs for step in steps)
+    hedges, won = sum(step.hedges for step in steps), sum(step.hedges_won for step in steps)
     staleness = sum(step.staleness_mean for step in steps) / len(steps)
     live = min(step.live_experts for step in steps)
     share = f", {(dropped + lost) / routed:.3%} together" if routed else ""
     return [
         ("network", f"{short(sent, 'B')} sent, {short(received, 'B')} received, "
                     f"{short((sent + received) / tokens, 'B')}/token"),
-        ("calls", f"{calls} ({calls / len(steps):.1f} per step), {retries} retries"),
+        ("calls", f"{calls} ({calls / len(steps):.1f} per step), {retries} retries, {hedges} hedges "
+                  f"({won} won), {sum(step.failovers for step in steps)} fail-overs"),
+        ("rows", f"{sum(step.rows_sent for step in steps) / tokens:.2f} sent per token, forward, all layers"),
         ("dropped pairs", f"{dropped} of {routed} forward, {lost} backward{share}"),
         ("live experts", f"{live} of {steps[-1].total_experts} at the least, {steps[-1].live_experts} at the end"),
         ("staleness", f"{staleness:.2f} updates on average, {max(step.staleness_max for step in steps)} at most"),

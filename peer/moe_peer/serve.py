@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -30,6 +29,7 @@ from moe_net.experts.host import ExpertHost
 from moe_net.placement.assign import assign
 from moe_net.placement.view import View
 from moe_net.rpc.grpc_client import GrpcTransport
+from moe_net.signals import on_signals
 from moe_net.types import ExpertId
 from moe_net.wire.allocator import tune_allocator
 from moe_net.wire.snapshot import unpack
@@ -56,19 +56,17 @@ def run_serve(config: ServeConfig) -> int:
 
 async def _until_signalled(config: ServeConfig) -> None:
     serving = asyncio.create_task(_serve(config), name="serve")
-    loop = asyncio.get_running_loop()
     stopping = False
 
-    def stop() -> None:
+    def stop(_: int) -> None:
         nonlocal stopping
         # A second signal must not cut short the leaving that the first one began.
         if not stopping:
             stopping = True
             serving.cancel()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    await asyncio.wait([serving])
+    with on_signals(stop):
+        await asyncio.wait([serving])
     if not (stopping and serving.cancelled()):
         serving.result()
 

@@ -169,6 +169,7 @@ class _Session:
     def step(self) -> None:
         # The largest of this step: a maximum has no difference.
         self.member.link.swarm.stats.staleness_max = 0
+        self.member.link.swarm.outlook.longest_deadline_s = 0.0
         started_s, before = time.monotonic(), self._spent()
         result = self._with_experts(self.trainer.train_step)
         metrics = self._measure(result, time.monotonic() - started_s, before)
@@ -240,6 +241,12 @@ class _Session:
             bytes_received=received - received_before,
             calls=now.calls - then.calls,
             retries=now.retries - then.retries,
+            hedges=now.hedges - then.hedges,
+            hedges_won=now.hedges_won - then.hedges_won,
+            failovers=now.failovers - then.failovers,
+            rows_sent=now.rows - then.rows,
+            moved_pairs=result.moved_pairs,
+            deadline_s=swarm.outlook.longest_deadline_s,
             routed_pairs=now.routed_pairs - then.routed_pairs,
             dropped_pairs=now.dropped_pairs - then.dropped_pairs,
             lost_gradient_pairs=now.lost_gradient_pairs - then.lost_gradient_pairs,
@@ -251,6 +258,7 @@ class _Session:
             load_evenness=load_evenness(result.load_LE.tolist()),
             in_flight=result.in_flight,
             wait_s=result.wait_s,
+            at_s=time.time(),
         )
 
     def _text_bytes(self, step: int) -> int:
@@ -305,7 +313,7 @@ def run_train(config: TrainConfig) -> int:
             member = stack.enter_context(
                 join_run(
                     config.join, name=config.run, trainer=f"trainer-{config.trainer_index}", policy=_policy(config),
-                    on_event=faults.append, wait_s=config.wait_s,
+                    on_event=faults.append, wait_s=config.wait_s, spread=config.spread_replicas,
                 )
             )  # fmt: skip
             session = _open(config, member, stack, stop, faults)
@@ -318,11 +326,20 @@ def run_train(config: TrainConfig) -> int:
 
 def _policy(config: TrainConfig) -> CallPolicy:
     timeout_s = config.call_timeout_s
-    return CallPolicy(forward_timeout_s=timeout_s, backward_timeout_s=timeout_s, commit_timeout_s=timeout_s)
+    return CallPolicy(
+        forward_timeout_s=timeout_s, backward_timeout_s=timeout_s, commit_timeout_s=timeout_s,
+        min_timeout_s=min(timeout_s, CallPolicy().min_timeout_s), hedge_fraction=config.hedge_fraction,
+    )  # fmt: skip
 
 
 def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop, faults: list[FaultEvent]) -> _Session:
     run = member.run
+    step_tokens = config.sequences * run.model.seq_len
+    if step_tokens > run.global_batch_tokens:
+        raise ValueError(
+            f"sequences={config.sequences} make a step of {step_tokens} tokens, more than the run's "
+            f"global_batch_tokens={run.global_batch_tokens}: no peer would take its commits. Give fewer sequences"
+        )
     text = load_text(config, run, config.out / "tokenizer.json")
     batches = Batches(
         text.train,

@@ -43,6 +43,8 @@ class StepResult:
     tokens: int
     overflowed_pairs: int
     """(token, expert) pairs that the capacity factor left out."""
+    moved_pairs: int
+    """Pairs whose expert was chosen only because of the latency bias."""
     load_LE: Tensor
     """float [MoE layers, experts]: pairs per expert."""
     in_flight: int = 1
@@ -64,6 +66,7 @@ class _Part:
     """float64 [3]: cross-entropy, balance loss and z-loss, each times the tokens."""
     tokens: int
     overflowed: int
+    moved: int
     load_LE: Tensor
     gradients: tuple[Tensor | None, ...]
     """One per parameter of the trunk."""
@@ -125,16 +128,17 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(3, dtype=torch.float64)
-        tokens = overflowed = 0
+        tokens = overflowed = moved = 0
         load_LE = torch.zeros(len(self._moe), self.run.model.n_experts)
         for moe in self._moe:
             moe.step = self.step
 
         def take(part: _Part) -> None:
-            nonlocal sums, tokens, overflowed
+            nonlocal sums, tokens, overflowed, moved
             sums += part.sums
             tokens += part.tokens
             overflowed += part.overflowed
+            moved += part.moved
             load_LE.add_(part.load_LE)
             self._add_gradients(part.gradients)
 
@@ -152,7 +156,7 @@ class Trainer:
         loss_mean, balance_mean, z_mean = (sums / tokens).tolist()
         return StepResult(
             loss=loss_mean, balance_loss=balance_mean, z_loss=z_mean, grad_norm=grad_norm, tokens=tokens,
-            overflowed_pairs=overflowed, load_LE=load_LE, in_flight=in_flight, wait_s=wait_s,
+            overflowed_pairs=overflowed, moved_pairs=moved, load_LE=load_LE, in_flight=in_flight, wait_s=wait_s,
         )  # fmt: skip
 
     def _micro_batch(self, micro: int) -> _Part:
@@ -177,6 +181,7 @@ class Trainer:
             sums=sums,
             tokens=n,
             overflowed=sum(int(routing.overflow) for routing in routings),
+            moved=sum(int(routing.moved) for routing in routings),
             load_LE=torch.stack([routing.load_E for routing in routings]) if routings else torch.zeros(0),
         )
 

@@ -21,8 +21,8 @@ from moe_net.proto.v1 import expert_pb2, expert_pb2_grpc
 from moe_peer.server import MAX_FETCHES, SERVICE, ExpertServer
 from moe_peer.streams import MAX_REFLECTIONS, MAX_WATCHES, FewReflections
 
-RUN = RunConfig(name="long", model=ModelConfig(d_model=256, d_ff_expert=256, n_layers=1, n_experts=2))
-"""Its state, 5 MB, does not fit into what gRPC sends to a client that does not read."""
+RUN = RunConfig(name="long", model=ModelConfig(d_model=512, d_ff_expert=512, n_layers=1, n_experts=2))
+"""Its state, 20 MB, does not fit into what gRPC sends to a client that does not read."""
 
 
 @asynccontextmanager

@@ -405,3 +405,13 @@ async def test_work_whose_caller_left_is_run_whole_or_not_at_all() -> None:
         gate.set()
         await device.run(work, "later")
     assert done == ["running", "later"]
+
+
+def test_a_call_far_larger_than_any_before_is_not_refused_by_the_pace_of_small_ones() -> None:
+    pace = RowTime()
+    for _ in range(20):
+        pace.note(5, 0.01)
+    assert pace.s_per_row * pace.counted_rows(50_000) == pytest.approx(0.08)
+    pace.note(50_000, 0.5)
+    assert pace.counted_rows(50_000) == 50_000
+    assert 0.1 < pace.s_per_row * pace.counted_rows(50_000) < 5.0

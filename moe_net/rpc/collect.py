@@ -107,7 +107,11 @@ class Collector:
                 failure = error
         self._tries[peer.peer_id, layer] += 1
         tries = self._tries[peer.peer_id, layer]
-        if failure.failure is not CallFailure.BUSY and (failure.failure is CallFailure.REFUSED or tries >= ATTEMPTS):
+        # Each late answer costs its whole time-out.
+        final = failure.failure is CallFailure.REFUSED or tries >= (
+            2 if failure.failure is CallFailure.LATE else ATTEMPTS
+        )
+        if failure.failure is not CallFailure.BUSY and final:
             self._ruled_out.add((peer.peer_id, layer))
         left_s = self._deadline_s - self._clock_s()
         again = left_s > 0 and (

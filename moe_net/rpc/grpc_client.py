@@ -35,6 +35,8 @@ from moe_net.wire.snapshot import pack, unpack
 from moe_net.wire.state import check_state, max_state_bytes
 from moe_net.wire.validate import Limits
 
+FIRST_CHUNK_S, CHUNK_STALL_S = 20.0, 5.0
+"""How long a peer may take to begin sending state (it copies and digests it first), and may pause then."""
 AnswerT = TypeVar("AnswerT")
 SERVICE = "/moe_net.v1.ExpertService/"
 PEER_ID_KEY = "moe-peer-id"
@@ -184,7 +186,15 @@ class GrpcTransport:
     async def _read_file(self, peer: PeerInfo, stream: Any, *, limit_bytes: int) -> bytes:
         """The chunks of a Fetch, joined. LimitError as soon as they are more than `limit_bytes`; WireError."""
         whole, claimed = bytearray(), b""
-        while data := await _answer(peer, cast("Awaitable[bytes]", stream.read())):  # grpc.aio.EOF is false
+        while True:
+            try:
+                async with asyncio.timeout(CHUNK_STALL_S if whole else FIRST_CHUNK_S):
+                    data = await _answer(peer, cast("Awaitable[bytes]", stream.read()))
+            except TimeoutError:
+                detail = f"sent nothing for a while, after {len(whole)} bytes"
+                raise CallError(CallFailure.LATE, peer.peer_id, detail) from None
+            if not data:  # grpc.aio.EOF
+                break
             self.traffic.received_bytes += len(data)
             chunk, sha256 = codec.decode_fetch_chunk(data, self._limits)
             if not chunk:

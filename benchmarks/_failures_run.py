@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from moe_net.data.batches import Batches, eval_batches
 from moe_net.data.corpus import join, load_corpus
 from moe_net.errors import NoLiveExpertsError
 from moe_net.experts.host import ExpertHost
+from moe_net.experts.replicate import Meetings, average
 from moe_net.model import remote_moe
 from moe_net.model.config import ModelConfig, RouterConfig
 from moe_net.model.remote_moe import SwarmLink
@@ -40,6 +42,7 @@ from moe_peer.trainer import Trainer, build_model
 
 AnswerT = TypeVar("AnswerT")
 SERVERS, SEQUENCES, SEQ_LEN = 4, 16, 64
+MEET_EVERY = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +57,10 @@ class Case:
     """Divide by the gates of the experts that answered, or of all that were asked."""
     retries: bool = False
     """Ask again; otherwise a failure is final, and nobody is spared for it."""
+    replicas: int = 1
+    """Servers that host each expert; they average every `MEET_EVERY` steps."""
     seed: int = 0
-    steps: int = 300
+    steps: int = 600
 
 
 class Faulty(LocalTransport):
@@ -136,6 +141,29 @@ class Churn:
                 self._left[name] += self._draw.expovariate(1 / self._mean(name))
 
 
+class Gossip:
+    """The servers' meetings, as `moe_peer.gossip` arranges them: two that share experts take the mean of both."""
+
+    def __init__(self, hosts: Mapping[str, ExpertHost]) -> None:
+        self._hosts = hosts
+        self._met = {name: Meetings() for name in hosts}
+
+    async def meet(self, alive: Callable[[str], bool]) -> None:
+        for a, b in combinations([name for name in self._hosts if alive(name)], 2):
+            shared = sorted(set(self._hosts[a].experts) & set(self._hosts[b].experts))
+            for layer in sorted({expert.layer for expert in shared}):
+                self._average(a, b, layer, [expert.index for expert in shared if expert.layer == layer])
+
+    def _average(self, a: str, b: str, layer: int, indices: list[int]) -> None:
+        stepped = {name: self._hosts[name].stepped_rows(layer, indices) for name in (a, b)}
+        state = {name: self._hosts[name].fetch(layer, indices, with_sums=False) for name in (a, b)}
+        rows = {me: self._met[me].rows_since(other, layer, stepped[me]) for me, other in ((a, b), (b, a))}
+        mean = average(state[a], state[b], rows[a], rows[b])
+        for me, other in ((a, b), (b, a)):
+            self._hosts[me].replace_state(layer, mean)
+            self._met[me].met(other, layer, stepped[me])
+
+
 def make_run(case: Case) -> RunConfig:
     return RunConfig(
         name="failures",
@@ -162,7 +190,7 @@ def train(case: Case) -> dict[str, float]:
         remote_moe.combine_denominator = combine_denominator
     names = [f"server-{i}" for i in range(SERVERS)]
     dealt = {
-        name: tuple(expert for expert in run.model.expert_ids if expert.index % SERVERS == i)
+        name: tuple(expert for expert in run.model.expert_ids if (i - expert.index) % SERVERS < case.replicas)
         for i, name in enumerate(names)
     }
     view = View(PeerInfo(peer_id=name, address="", experts=experts) for name, experts in dealt.items())
@@ -196,7 +224,7 @@ def train(case: Case) -> dict[str, float]:
         text = np.frombuffer(join(corpus.train), dtype=np.uint8)
         batches = Batches(text, seq_len=SEQ_LEN, sequences_per_micro=SEQUENCES, seed=run.seed)
         trainer = Trainer(run=run, model=build_model(run, link), link=link, batches=batches)
-        waited = 0
+        waited, gossip = 0, Gossip(hosts)
         while trainer.step < case.steps:
             try:
                 trainer.train_step()
@@ -205,6 +233,8 @@ def train(case: Case) -> dict[str, float]:
             if churn is not None:
                 churn.step()
             portal.run(clock.advance())
+            if case.replicas > 1 and trainer.step % MEET_EVERY == 0:
+                portal.run(gossip.meet(lambda name: churn is None or not churn.dead[name]))
         lost = swarm.stats.dropped_pairs / max(1, swarm.stats.routed_pairs)
         lost_backward = swarm.stats.lost_gradient_pairs / max(1, swarm.stats.routed_pairs)
         transport.fails = lambda name: False

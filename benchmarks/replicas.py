@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -68,9 +69,11 @@ def exchanges(out: Path) -> list[dict]:
     """What the peers logged of their meetings."""
     events = []
     for log in sorted((out / "logs").glob("peer-*.log*")):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("{")]
-        events += [{"log": log.name, **json.loads(line)} for line in lines]
-    return [e for e in events if e.get("event") in ("exchange", "caught_up")]
+        # What goes to stderr meanwhile may stand on the same line.
+        text, decode = log.read_text(errors="replace"), json.JSONDecoder().raw_decode
+        begins = [found.start() for found in re.finditer(r'\{"event": "(?:exchange|caught_up)"', text)]
+        events += [{"log": log.name, **decode(text, begin)[0]} for begin in begins]
+    return events
 
 
 def plot(path: Path, curves: Mapping[str, Curve]) -> None:

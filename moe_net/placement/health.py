@@ -1,10 +1,10 @@
 """Which peers to leave alone. Pure: (state, event, now) -> state; times are of one monotonic clock.
 
 A circuit breaker for each peer. It is *fine* until it fails too often in a row (a call that was late counts at once:
-it has cost a whole deadline), then *suspended*: no rows go there. Once the backoff is over a probe is due, and only a
-probe that is answered makes the peer usable again: no step ever waits to find out whether somebody is back. It is *on
-probation* then: usable, but one more failure suspends it for longer than the last time, until it has been without one
-for as long as it was suspended.
+it has cost a whole deadline), then *suspended*: no rows go there, and a probe is due. Only a probe that is answered
+makes the peer usable again: no step ever waits to find out whether somebody is back. The first probe is due at once:
+who only lost a few calls is back after one round trip. Then the peer is *on probation*: usable, but suspended for
+longer each time, until it answers a call after as long as the next suspension would be.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from types import MappingProxyType
 class HealthConfig:
     """How long a failing peer is left alone."""
 
-    failures_to_suspend: int = 2
-    """Failures in a row before a peer that was fine is suspended: one broken connection is made again at once."""
+    failures_to_suspend: int = 3
+    """Failures in a row before a peer is suspended: as many as a call has attempts."""
     backoff_s: float = 0.5
-    """Length of the first suspension."""
+    """From a suspension's failed first probe, or from a second suspension, to the next probe."""
     backoff_factor: float = 2.0
-    """Each further suspension is longer by this, unless the peer stood its probation in between."""
+    """Each further wait is longer by this, until the peer has stood its probation."""
     max_backoff_s: float = 30.0
     """Longest suspension."""
     at_once: frozenset[str] = frozenset({"late"})
@@ -87,10 +87,12 @@ class PeerHealth:
     suspensions: int = 0
     """Since it was last fine."""
     suspended: bool = False
+    late: bool = False
+    """It was suspended because a call was late: asking it costs a deadline. Others that fail do so at once."""
     probe_due_s: float = float("-inf")
     """While suspended: when to ask it again."""
     fine_at_s: float = float("inf")
-    """On probation: when that ends, if no failure comes before."""
+    """On probation: the first call it answers after this ends that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,26 +122,26 @@ def after_event(state: HealthState, event: HealthEvent, now_s: float, config: He
         case ProbeSucceeded():
             if known is None or not known.suspended:
                 return state
-            served_s = backoff_s(known.suspensions - 1, config)
+            served_s = backoff_s(known.suspensions, config)
             return _with(state, event.peer_id, replace(known, failures=0, suspended=False, fine_at_s=now_s + served_s))
         case ProbeFailed():
             if known is None or not known.suspended:
                 return state
-            return _with(state, event.peer_id, _suspended(known, now_s, config))
+            return _with(state, event.peer_id, _suspended(known, now_s, config, late=known.late))
 
 
 def _failed(known: PeerHealth, failure: str, now_s: float, config: HealthConfig) -> PeerHealth:
-    if known.suspensions and now_s >= known.fine_at_s:
-        known = PeerHealth()
     known = replace(known, failures=known.failures + 1)
-    if known.suspensions or failure in config.at_once or known.failures >= config.failures_to_suspend:
-        return _suspended(known, now_s, config)
+    late = failure in config.at_once
+    if late or known.failures >= config.failures_to_suspend:
+        return _suspended(known, now_s, config, late=late)
     return known
 
 
-def _suspended(known: PeerHealth, now_s: float, config: HealthConfig) -> PeerHealth:
+def _suspended(known: PeerHealth, now_s: float, config: HealthConfig, *, late: bool) -> PeerHealth:
     return PeerHealth(
         failures=known.failures,
+        late=late,
         suspensions=known.suspensions + 1,
         suspended=True,
         probe_due_s=now_s + backoff_s(known.suspensions, config),
@@ -147,10 +149,12 @@ def _suspended(known: PeerHealth, now_s: float, config: HealthConfig) -> PeerHea
 
 
 def backoff_s(suspensions_before: int, config: HealthConfig) -> float:
-    """Length of the suspension that follows `suspensions_before` others."""
+    """From the suspension (or failed probe) that follows `suspensions_before` others to the probe; 0 for the first."""
+    if suspensions_before < 1:
+        return 0.0
     length_s = config.backoff_s
     # Not a power: that overflows for a peer that has been failing for days.
-    for _ in range(suspensions_before):
+    for _ in range(suspensions_before - 1):
         if length_s >= config.max_backoff_s or config.backoff_factor == 1:
             break
         length_s *= config.backoff_factor
@@ -164,9 +168,15 @@ def usable(state: HealthState, peer_id: str) -> bool:
 
 
 def on_probation(state: HealthState, peer_id: str, now_s: float) -> bool:
-    """Whether the peer is usable, but one failure suspends it for longer than the last time."""
+    """Whether the peer is usable, but would be suspended for longer than the last time."""
     known = state.peers.get(peer_id)
     return known is not None and known.suspensions > 0 and not known.suspended and now_s < known.fine_at_s
+
+
+def costs_a_deadline(state: HealthState, peer_id: str) -> bool:
+    """Whether the peer is suspended for being late: a call there would most likely wait in vain."""
+    known = state.peers.get(peer_id)
+    return known is not None and known.suspended and known.late
 
 
 def probe_due_s(state: HealthState, peer_id: str) -> float | None:

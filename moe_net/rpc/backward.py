@@ -74,7 +74,9 @@ class BackwardPass:
     async def _deliver(self, one: Answered, attempt: int, tried: Tried, *, resend: bool) -> list[_Reply]:
         """The gradients of one call, from whomever; none for the pairs that nobody answers for."""
         outlook, rows = self._caller.outlook, one.shipment.token_R.numel()
-        if not outlook.usable(one.peer.peer_id):
+        if not outlook.usable(one.peer.peer_id) and (
+            not outlook.askable(one.peer.peer_id) or self._others(one, tried | _at(one))
+        ):
             # It failed meanwhile: what it costs to find that out was paid once.
             error = CallError(CallFailure.UNREACHABLE, one.peer.peer_id, "suspended since its forward")
             return await self._after_failure(one, Failed(error=error, waited_s=0.0), attempt, tried, blame=False)
@@ -178,12 +180,12 @@ class BackwardPass:
         gone = failure is CallFailure.INPUTS_GONE
         if blame and not gone:
             outlook.blame(one.peer, CallKind.BACKWARD, one.shipment.token_R.numel(), failed)
-        tried |= {(e, one.peer.peer_id) for e in one.shipment.experts}
+        tried |= _at(one)
         others = [] if gone else self._others(one, tried)
         left_s = self._deadline_s - self._caller.now_s()
         move = after_backward(
             failure, attempt=attempt, left_s=left_s, policy=outlook.policy, replica=bool(others),
-            usable=outlook.usable(one.peer.peer_id),
+            usable=outlook.askable(one.peer.peer_id),
         )  # fmt: skip
         if not gone:
             self._report(one, failed, move.value)
@@ -201,9 +203,7 @@ class BackwardPass:
                     await asyncio.sleep(
                         pause_s(attempt=attempt, left_s=left_s, policy=outlook.policy, queue_s=failed.error.queue_s)
                     )
-                return await self._deliver(
-                    one, attempt + 1, tried - {(e, one.peer.peer_id) for e in one.shipment.experts}, resend=gone
-                )
+                return await self._deliver(one, attempt + 1, tried - _at(one), resend=gone)
 
     def _report(self, one: Answered, failed: Failed, action: str) -> None:
         pairs = int(one.ran_P.sum())
@@ -219,3 +219,8 @@ class BackwardPass:
                 pairs=int(one.ran_P.sum()), action="hedge_won" if won else "hedge_lost",
             )
         )  # fmt: skip
+
+
+def _at(one: Answered) -> Tried:
+    """The call's experts at its peer."""
+    return frozenset((e, one.peer.peer_id) for e in one.shipment.experts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,12 +105,14 @@ class ForwardPass:
             view = view.without([without])
         wanted = Counter(self._ids_TK[pending_TK].tolist())
         server_of = select(view, self._layer, wanted, salt=self._salt, spared=spared, tried=tried)
+        return [(view.peers[s.peer_id], s) for s in self._cut(pending_TK, server_of)]
+
+    def _cut(self, pairs_TK: Tensor, server_of: Mapping[int, str]) -> list[Shipment]:
         policy = self._caller.outlook.policy
-        shipments = ship(
-            self._x_TD, self._ids_TK, self._gates_TK, pending_TK, server_of, encoding=self._caller.encoding,
+        return ship(
+            self._x_TD, self._ids_TK, self._gates_TK, pairs_TK, server_of, encoding=self._caller.encoding,
             max_tensor_bytes=policy.max_tensor_bytes, max_rows=policy.max_rows,
         )  # fmt: skip
-        return [(view.peers[shipment.peer_id], shipment) for shipment in shipments]
 
     async def _all(self, shipments: Sequence[tuple[PeerInfo, Shipment]], *, attempt: int, tried: Tried) -> list[_Reply]:
         if attempt > 1:
@@ -207,7 +209,7 @@ class ForwardPass:
             move = after_forward(
                 failure, attempt=attempt, left_s=left_s, policy=outlook.policy,
                 replica=any(p != peer.peer_id and (e, p) not in tried for p in replicas),
-                usable=outlook.usable(peer.peer_id),
+                usable=outlook.askable(peer.peer_id),
             )  # fmt: skip
             by_move.setdefault(move, []).append(e)
         actions = "+".join(sorted(move.value for move in by_move))
@@ -225,12 +227,15 @@ class ForwardPass:
             else:
                 queue_s = failed.error.queue_s if failure is CallFailure.BUSY else 0.0
                 wait_s = pause_s(attempt=attempt, left_s=left_s, policy=outlook.policy, queue_s=queue_s)
-                work.append(self._again(pairs_TK, wait_s, attempt + 1, tried))
+                same = dict.fromkeys(experts, peer.peer_id)
+                work.append(self._again(peer, self._cut(pairs_TK, same), wait_s, attempt + 1, tried))
         return [reply for part in await asyncio.gather(*work) for reply in part]
 
-    async def _again(self, pairs_TK: Tensor, wait_s: float, attempt: int, tried: Tried) -> list[_Reply]:
+    async def _again(
+        self, peer: PeerInfo, shipments: Sequence[Shipment], wait_s: float, attempt: int, tried: Tried
+    ) -> list[_Reply]:
         await asyncio.sleep(wait_s)
-        return await self._all(self._ship(pairs_TK, tried), attempt=attempt, tried=tried)
+        return await self._all([(peer, shipment) for shipment in shipments], attempt=attempt, tried=tried)
 
     def _pairs(self, pair_P: Tensor) -> Tensor:
         pairs_TK = torch.zeros_like(self._ids_TK, dtype=torch.bool)

@@ -17,6 +17,7 @@ from moe_net.placement.health import (
     HealthState,
     PeerGone,
     after_event,
+    costs_a_deadline,
     probe_due_s,
     usable,
 )
@@ -88,6 +89,10 @@ class Outlook:
 
     def usable(self, peer_id: str) -> bool:
         return usable(self._health, peer_id)
+
+    def askable(self, peer_id: str) -> bool:
+        """Whether a call there, if it must be there, would at least fail soon: it is not suspended for being late."""
+        return not costs_a_deadline(self._health, peer_id)
 
     def alive(self, peer_id: str) -> bool:
         """Whether it answers our calls: usable, and its last answer is not long ago."""

@@ -41,6 +41,11 @@ class Breaking(LocalTransport):
             raise CallError(CallFailure.UNREACHABLE, peer.peer_id, "forgetful")
         return await super().backward(peer, call, timeout_s=timeout_s)
 
+    async def ping(self, peer: PeerInfo, *, timeout_s: float) -> None:
+        if peer.peer_id in (*self.dead, *self.forgetful):
+            raise CallError(CallFailure.UNREACHABLE, peer.peer_id, "dead or forgetful")
+        await super().ping(peer, timeout_s=timeout_s)
+
 
 def formula(
     moe: RemoteMoE, banks, x_TD: torch.Tensor, answered: set[int], combine: str, *, lost: Sequence[int] = ()
@@ -150,5 +155,5 @@ def test_a_lost_backward_is_counted_and_leaves_the_rest_exact(forgetful: str) ->
     assert swarm.stats.lost_gradient_pairs > 0
     assert swarm.stats.dropped_pairs == 0
     assert {event.what for event in events} == {"backward_failed", "peer_suspended"}
-    assert [event.action for event in events if event.what == "backward_failed"] == ["again", "give_up"]
+    assert [event.action for event in events if event.what == "backward_failed"] == ["again", "again", "give_up"]
     assert swarm.stats.lost_gradient_pairs == sum(e.pairs for e in events if e.action == "give_up")

@@ -17,6 +17,7 @@ from moe_net.placement.health import (
     ProbeSucceeded,
     after_event,
     backoff_s,
+    costs_a_deadline,
     on_probation,
     probe_due_s,
     usable,
@@ -77,6 +78,7 @@ def test_in_every_history_only_a_probe_ends_a_suspension_and_one_is_always_due(
 
 def test_a_broken_connection_is_forgiven_once_and_a_late_call_is_not() -> None:
     once = after_event(HealthState(), BROKEN, 0.0, CONFIG)
+    assert probe_due_s(after_event(once, BROKEN, 7.0, CONFIG), "a") == 7.0, "the first probe is due at once"
     assert usable(once, "a")
     assert usable(after_event(once, CallSucceeded(peer_id="a"), 0.0, CONFIG), "a")
     assert not usable(after_event(once, BROKEN, 0.0, CONFIG), "a")
@@ -85,19 +87,19 @@ def test_a_broken_connection_is_forgiven_once_and_a_late_call_is_not() -> None:
 
 def test_each_failed_probe_doubles_the_wait_up_to_the_limit() -> None:
     state, now_s, lengths = after_event(HealthState(), LATE, 100.0, CONFIG), 100.0, list[float]()
-    for _ in range(6):
+    for _ in range(7):
         due_s = probe_due_s(state, "a")
         assert due_s is not None
         lengths.append(due_s - now_s)
         now_s = due_s
         state = after_event(state, ProbeFailed(peer_id="a"), now_s, CONFIG)
-    assert lengths == [1, 2, 4, 8, 8, 8]
+    assert lengths == [0, 1, 2, 4, 8, 8, 8]
     assert backoff_s(10**6, CONFIG) == 8
 
 
 def test_who_answers_probes_but_no_calls_is_suspended_longer_each_time() -> None:
     state, now_s, lengths = HealthState(), 0.0, list[float]()
-    for _ in range(4):
+    for _ in range(5):
         state = after_event(state, LATE, now_s, CONFIG)
         due_s = probe_due_s(state, "a")
         assert due_s is not None
@@ -108,19 +110,21 @@ def test_who_answers_probes_but_no_calls_is_suspended_longer_each_time() -> None
         assert on_probation(state, "a", now_s)
         # One answer in between is not the end of its probation.
         state = after_event(state, CallSucceeded(peer_id="a"), now_s, CONFIG)
-    assert lengths == [1, 2, 4, 8]
+    assert lengths == [0, 1, 2, 4, 8]
 
 
-def test_probation_ends_after_as_long_as_the_suspension_was() -> None:
+def test_probation_ends_with_the_first_answer_after_as_long_as_the_next_suspension_would_be() -> None:
     state = after_event(HealthState(), LATE, 0.0, CONFIG)
-    state = after_event(state, ProbeFailed(peer_id="a"), 1.0, CONFIG)
-    state = after_event(state, ProbeSucceeded(peer_id="a"), 3.0, CONFIG)
-    assert on_probation(state, "a", 4.9)
-    assert not on_probation(state, "a", 5.0)
-    assert after_event(state, CallSucceeded(peer_id="a"), 4.9, CONFIG).peers
-    assert not after_event(state, CallSucceeded(peer_id="a"), 5.0, CONFIG).peers
-    assert usable(after_event(state, BROKEN, 5.0, CONFIG), "a"), "it is fine again, and one break is forgiven"
-    assert not usable(after_event(state, BROKEN, 4.9, CONFIG), "a")
+    state = after_event(state, ProbeFailed(peer_id="a"), 0.0, CONFIG)
+    state = after_event(state, ProbeSucceeded(peer_id="a"), 1.0, CONFIG)
+    assert on_probation(state, "a", 2.9)
+    assert not on_probation(state, "a", 3.0)
+    assert after_event(state, CallSucceeded(peer_id="a"), 2.9, CONFIG).peers
+    assert not after_event(state, CallSucceeded(peer_id="a"), 3.0, CONFIG).peers
+    again = after_event(state, LATE, 300.0, CONFIG)
+    assert probe_due_s(again, "a") == 302.0, "it has answered nothing since"
+    assert costs_a_deadline(again, "a")
+    assert not costs_a_deadline(state, "a")
 
 
 def test_calls_that_fail_together_count_once() -> None:

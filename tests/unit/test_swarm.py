@@ -312,10 +312,10 @@ async def test_hedges_stay_within_their_share_of_the_calls() -> None:
 
 
 async def test_a_backward_that_fails_goes_to_the_replica_with_its_inputs_and_is_voided_where_it_failed() -> None:
-    quiet, _, _, _ = swarm_of(1)
+    quiet, _, quiet_hosts, _ = swarm_of(1)
     result = await forward(quiet)
     expected = await quiet.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
-    swarm, transport, _, _ = swarm_of(2)
+    swarm, transport, hosts, _ = swarm_of(2)
     result = await forward(swarm)
     (one,) = result.answered
     favourite, other = one.peer.peer_id, "p1" if one.peer.peer_id == "p0" else "p0"
@@ -330,6 +330,14 @@ async def test_a_backward_that_fails_goes_to_the_replica_with_its_inputs_and_is_
     await settle(swarm, favourite)
     voided = {peer: call.void for method, peer, call in transport.log if method == "commit"}
     assert voided == {favourite: (one.call.call_id,), other: ()}
+    assert (swarm.stats.voided_calls, swarm.stats.void_failures) == (1, 0)
+    # The one counts it as the undisturbed host does, the other not at all: as one that never heard of it.
+    untouched = ExpertHost(make_banks(RUN, EXPERTS))
+    for host in (quiet_hosts["p0"], untouched):
+        host.commit(CommitCall(trainer="t", step=0, tokens=64))
+    for host, like in ((hosts[other], quiet_hosts["p0"]), (hosts[favourite], untouched)):
+        state, expected_state = host.fetch(0, []), like.fetch(0, [])
+        assert all(torch.equal(state[name], value) for name, value in expected_state.items())
     await swarm.close()
 
 

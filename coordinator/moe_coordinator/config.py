@@ -60,7 +60,7 @@ class LocalOptions:
     replicas: int = 1
     """Peers that host each expert; they average what they learn."""
     spread_replicas: bool = False
-    """Trainers ask now one and now another of an expert's replicas, instead of keeping to their favourites."""
+    """Trainers share their tokens out among an expert's replicas, instead of keeping to their favourites."""
     kill_peer_at_step: int | None = None
     """SIGKILL the last peer, and all it started, when the first trainer has made this step."""
     faults: Path | None = None

@@ -18,7 +18,7 @@ from types import MappingProxyType
 class HealthConfig:
     """How long a failing peer is left alone."""
 
-    failures_to_suspend: int = 3
+    failures_to_suspend: int = 4
     """Failures in a row before a peer is suspended: as many as a call has attempts."""
     backoff_s: float = 0.5
     """From a suspension's failed first probe, or from a second suspension, to the next probe."""

@@ -23,6 +23,7 @@ def select(
     max_rows: int | None = None,
     spared: Collection[str] = (),
     tried: Collection[tuple[int, str]] = (),
+    turn: int = 0,
 ) -> dict[int, str]:
     """Expert index -> peer id, for every wanted expert of `layer` that has a replica in `view`.
 
@@ -31,6 +32,7 @@ def select(
     trainers spread over equal replicas and one trainer keeps to its own. With `max_rows`, a server that has got so
     many rows takes another expert only if that has no other replica. Peers in `spared` (slow, or with a full queue)
     get only those experts that nobody else in `view` hosts; an expert in `tried` is not given to that peer again.
+    `turn` 1, 2, ... takes the next of several equals, for callers that share their rows out among them.
     """
     open_replicas: dict[int, set[str]] = {}
     for index, rows in expert_counts.items():
@@ -44,7 +46,10 @@ def select(
     spread = {peer_id: _mix(salt, peer_id) for peer_id in hosted}
     chosen: dict[int, str] = {}
     while open_replicas:
-        best = min(hosted, key=lambda p: (-sum(expert_counts[i] for i in hosted[p]), spread[p], p))
+        takes = {p: sum(expert_counts[i] for i in indices) for p, indices in hosted.items()}
+        most = max(takes.values())
+        equals = sorted((spread[p], p) for p, rows in takes.items() if rows == most)
+        best = equals[turn % len(equals)][1]
         taken = _fill(hosted[best], open_replicas, expert_counts, max_rows)
         for index in taken:
             chosen[index] = best

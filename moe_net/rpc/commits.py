@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any
 
-from moe_net.placement.health import ProbeFailed, ProbeSucceeded
+from moe_net.placement.health import ProbeFailed
 from moe_net.placement.view import View
 from moe_net.rpc.base import CallFailure, Failed
 from moe_net.rpc.caller import Caller
@@ -167,7 +167,7 @@ class Commits:
                 outlook.note(ProbeFailed(peer_id=peer_id))
                 continue
             if self._ledger.next_commit(peer_id) is None:
-                outlook.note(ProbeSucceeded(peer_id=peer_id))
                 away_s = self._caller.now_s() - began_s
+                outlook.back(peer_id, away_s=away_s)
                 outlook.event(FaultEvent(what="peer_back", peer=peer_id, action="unmasked", cost_s=away_s))
                 return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,9 +67,10 @@ class ForwardPass:
 
     def __init__(
         self, caller: Caller, view: Callable[[], View], *, salt: str, layer: int, x_TD: Tensor, expert_ids_TK: Tensor,
-        gates_TK: Tensor, step: int, train: bool,
+        gates_TK: Tensor, step: int, train: bool, turn: int | None = None,
     ) -> None:  # fmt: skip
-        """`view`: the peers that may be called just now."""
+        """`view`: the peers that may be called just now. `turn`: share the tokens out among equal replicas, beginning
+        with the replica of that number; None: ask the favourites."""
         self._caller = caller
         self._view = view
         self._salt = salt
@@ -79,6 +80,7 @@ class ForwardPass:
         self._gates_TK = gates_TK
         self._step = step
         self._train = train
+        self._turn = turn
         self._deadline_s = caller.now_s() + caller.outlook.policy.forward_timeout_s
 
     async def run(self) -> LayerResult:
@@ -103,9 +105,27 @@ class ForwardPass:
         spared = self._caller.outlook.spared(view)
         if without is not None:
             view = view.without([without])
-        wanted = Counter(self._ids_TK[pending_TK].tolist())
-        server_of = select(view, self._layer, wanted, salt=self._salt, spared=spared, tried=tried)
-        return [(view.peers[s.peer_id], s) for s in self._cut(pending_TK, server_of)]
+        shipments: list[Shipment] = []
+        for turn, mine_TK in self._shares(pending_TK, view):
+            wanted = Counter(self._ids_TK[mine_TK].tolist())
+            server_of = select(view, self._layer, wanted, salt=self._salt, spared=spared, tried=tried, turn=turn)
+            shipments += self._cut(mine_TK, server_of)
+        return [(view.peers[s.peer_id], s) for s in shipments]
+
+    def _shares(self, pending_TK: Tensor, view: View) -> Iterator[tuple[int, Tensor]]:
+        """(turn, pairs): all of them, or as many parts of the tokens as experts have replicas."""
+        if self._turn is None or not bool(pending_TK.any()):
+            yield 0, pending_TK
+            return
+        experts = self._ids_TK[pending_TK].unique().tolist()
+        parts = max(1, *(len(view.replicas(ExpertId(self._layer, e))) for e in experts))
+        n_tokens = pending_TK.shape[0]
+        for part in range(parts):
+            mine_TK = torch.zeros_like(pending_TK)
+            here = slice(part * n_tokens // parts, (part + 1) * n_tokens // parts)
+            mine_TK[here] = pending_TK[here]
+            if bool(mine_TK.any()):
+                yield self._turn + part, mine_TK
 
     def _cut(self, pairs_TK: Tensor, server_of: Mapping[int, str]) -> list[Shipment]:
         policy = self._caller.outlook.policy

@@ -16,6 +16,7 @@ from moe_net.placement.health import (
     HealthEvent,
     HealthState,
     PeerGone,
+    ProbeSucceeded,
     after_event,
     costs_a_deadline,
     probe_due_s,
@@ -48,6 +49,8 @@ class CallKind(StrEnum):
 
 SLOW_FACTOR = 4.0
 """A peer with this many times the typical latency is spared where another replica can serve."""
+CATCH_UP_S = 5.0
+"""Replicas meet every 2 s (`moe-peer serve --exchange-every-s`): so long, and as long again after a longer absence."""
 SILENCE_S = 120.0
 """A peer that the directory lists no more counts as there for so long after its last answer; commits ask every step."""
 RECHECK_FACTOR = 64
@@ -77,6 +80,7 @@ class Outlook:
         self._latency = LatencyState()
         self._busy_until_s: dict[str, float] = {}
         self._answered_s: dict[str, float] = {}
+        self._catching_up_until_s: dict[str, float] = {}
         self._on_suspended = on_suspended
         self._budgets = {
             kind: HedgeBudget(fraction=policy.hedge_fraction, burst=policy.hedge_burst)
@@ -107,9 +111,11 @@ class Outlook:
         return view.without([p for p in view.peers if p in owing or not self.usable(p)])
 
     def spared(self, view: View) -> frozenset[str]:
-        """Peers that should get rows only where no other replica can serve: with a full queue, or slow just now."""
+        """Peers that should get rows only where no other replica can serve: with a full queue, slow just now, or back
+        after some time with experts that have missed what others learned."""
         now_s = self.clock_s()
-        busy = {p for p, until_s in self._busy_until_s.items() if now_s < until_s}
+        held_up = (*self._busy_until_s.items(), *self._catching_up_until_s.items())
+        busy = {p for p, until_s in held_up if now_s < until_s}
         kind, slow = CallKind.FORWARD, set[str]()
         for peer_id, factor in slowness(self._latency, kind, self._latency_config).items():
             track = self._latency.track(peer_id, kind)
@@ -133,6 +139,7 @@ class Outlook:
             self._latency = without_peer(self._latency, peer_id)
         self._busy_until_s = {p: s for p, s in self._busy_until_s.items() if p in known}
         self._answered_s = {p: s for p, s in self._answered_s.items() if p in known}
+        self._catching_up_until_s = {p: s for p, s in self._catching_up_until_s.items() if p in known}
 
     # How long to wait -------------------------------------------------------------------------------------
 
@@ -184,6 +191,13 @@ class Outlook:
         self._sample(
             peer_id, kind, Sample(total_s=total_s, rows=rows, queue_s=queue_us / 1e6, compute_s=compute_us / 1e6)
         )
+
+    def back(self, peer_id: str, *, away_s: float) -> None:
+        """A suspended peer answers again, after `away_s`. What its experts have missed, other replicas have learned:
+        these go on being asked until it has had the time to take it over from them."""
+        self.note(ProbeSucceeded(peer_id=peer_id))
+        if away_s > self.policy.min_timeout_s:
+            self._catching_up_until_s[peer_id] = self.clock_s() + min(away_s, CATCH_UP_S) + CATCH_UP_S
 
     def overtaken(self, peer_id: str, kind: CallKind, rows: int, waited_s: float) -> None:
         """A call was cancelled after `waited_s`, because another replica had answered it: that is no failure, but as

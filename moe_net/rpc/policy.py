@@ -21,8 +21,8 @@ class CallPolicy:
     min_timeout_s: float = 2.0
     """No call is given up before: a machine that pauses this long (a collection, a full disk, a neighbour's build) has
     not failed. Hedges begin as early as the measured tail says."""
-    attempts: int = 3
-    """Calls per shipment at most: the first one and its retries."""
+    attempts: int = 4
+    """Calls per shipment at most: the first one and its retries. Those that fail at once cost little: the pauses."""
     retry_pause_s: float = 0.05
     """Wait before the first repetition of the same call to the same peer; doubles with each further one."""
     hedge_fraction: float = 0.05

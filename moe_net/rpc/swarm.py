@@ -65,8 +65,8 @@ class ExpertSwarm:
         spread: bool = False,
         on_event: EventSink = ignore,
     ) -> None:
-        """`sleep`: how those wait who ask a suspended peer whether it is back. `spread`: of equal replicas take now one
-        and now another, instead of always the same."""
+        """`sleep`: how those wait who ask a suspended peer whether it is back. `spread`: share each layer's
+        tokens out among equal replicas, instead of asking always the same."""
         # The suffix makes a restarted trainer a new one: its step numbers begin again.
         self.trainer = f"{trainer}-{secrets.token_hex(4)}"
         # Without the suffix: the same trainer prefers the same replicas, run after run.
@@ -112,10 +112,10 @@ class ExpertSwarm:
         DivergedError when `x_TD` is not finite.
         """
         _require_finite(x_TD, f"activations before the experts of layer {layer}")
-        salt = self._salt if self._spread is None else f"{self._salt}/{next(self._spread)}"
         work = ForwardPass(
-            self._caller, self.view, salt=salt, layer=layer, x_TD=x_TD, expert_ids_TK=expert_ids_TK,
+            self._caller, self.view, salt=self._salt, layer=layer, x_TD=x_TD, expert_ids_TK=expert_ids_TK,
             gates_TK=gates_TK, step=step, train=train,
+            turn=None if self._spread is None else next(self._spread),
         )  # fmt: skip
         return await work.run()
 

@@ -57,7 +57,7 @@ class ServeConfig:
     """Memory they may take."""
     join_timeout_s: float = 20.0
     """How long to look for the run."""
-    exchange_every_s: float = 2.0
+    exchange_every_s: float = 0.2
     """How often to average with one of the other replicas of the experts here; 0: never on this peer's initiative."""
     catch_up_timeout_s: float = 120.0
     """How long fetching what other replicas have learned may take; experts not here by then start without it."""
@@ -144,8 +144,8 @@ class TrainConfig:
     hedge_fraction: float = 0.05
     """Calls sent to a second replica because the first is late, as a share of all calls; 0: none."""
     spread_replicas: bool = False
-    """Of equal replicas ask now one and now another. Otherwise a trainer keeps to its favourites, and the others learn
-    what these have learned from them."""
+    """Share each layer's tokens out among equal replicas. Otherwise a trainer keeps to its favourites, and the others
+    learn what these have learned from them."""
     fetch_timeout_s: float = 120.0
     """Deadline for one peer's experts, when a checkpoint is made."""
     min_experts_per_token: int = 1

@@ -100,7 +100,7 @@ class Clock:
 Swarm = tuple[ExpertSwarm, Faulty, dict[str, ExpertHost], Clock]
 
 
-def swarm_of(replicas: int, *, cache_bytes: int = 2**20, **policy: float) -> Swarm:
+def swarm_of(replicas: int, *, cache_bytes: int = 2**20, spread: bool = False, **policy: float) -> Swarm:
     """Peers p0, p1, ..: each hosts the whole layer."""
     peers = [PeerInfo(peer_id=f"p{i}", address="", experts=EXPERTS) for i in range(replicas)]
     hosts = {p.peer_id: ExpertHost(make_banks(RUN, EXPERTS), cache_bytes=cache_bytes) for p in peers}
@@ -109,7 +109,7 @@ def swarm_of(replicas: int, *, cache_bytes: int = 2**20, **policy: float) -> Swa
     events: list[FaultEvent] = []
     swarm = ExpertSwarm(
         trainer="t", transport=transport, view=lambda: view, policy=limits, clock_s=clock, sleep=clock.sleep,
-        latency=LatencyConfig(min_samples=2), on_event=events.append,
+        latency=LatencyConfig(min_samples=2), spread=spread, on_event=events.append,
     )  # fmt: skip
     transport.events = events
     return swarm, transport, hosts, clock
@@ -473,3 +473,16 @@ async def test_a_peer_that_answers_stays_when_the_directory_has_lost_it_and_goes
     clock.now_s += 1000
     assert not swarm.view().peers, "nobody has heard of it for a quarter of an hour"
     await swarm.close()
+
+
+async def test_tokens_are_shared_out_among_replicas_when_asked_for() -> None:
+    quiet, _, _, _ = swarm_of(1)
+    expected = await forward(quiet)
+    swarm, transport, _, _ = swarm_of(2, spread=True)
+    for _ in range(3):
+        result = await forward(swarm)
+        torch.testing.assert_close(result.y_TD, expected.y_TD)
+        assert sorted(one.shipment.token_R.tolist() for one in result.answered) == [[0, 1], [2, 3]]
+        assert {one.peer.peer_id for one in result.answered} == {"p0", "p1"}
+    assert swarm.stats.rows == 3 * X_TD.shape[0], "a token's row goes to one of them only"
+    assert [peer for _, peer, _ in transport.log] != ["p0", "p1"] * 3, "they take turns with the first tokens"

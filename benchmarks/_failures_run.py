@@ -107,6 +107,9 @@ class StepTime:
         return self.now_s
 
     async def sleep(self, wait_s: float) -> None:
+        if wait_s < 0.01:  # a pause within the step
+            await asyncio.sleep(0)
+            return
         until_s = self.now_s + wait_s
         while self.now_s < until_s:
             await self._moved.wait()
@@ -122,7 +125,7 @@ class StepTime:
 class Churn:
     """Each server is up and down in turn, for times drawn from exponential distributions."""
 
-    MEAN_DOWN_STEPS = 8.0
+    MEAN_DOWN_STEPS = 50.0
 
     def __init__(self, names: list[str], fraction: float, seed: int) -> None:
         self._draw = random.Random(seed)
@@ -204,8 +207,9 @@ def train(case: Case) -> dict[str, float]:
         fails = lambda name: draw.random() < case.fraction  # noqa: E731
     kind = Faulty if churn is None else FaultyServers
     transport = kind(hosts, fails)
-    policy = CallPolicy(retry_pause_s=1e-6) if case.retries else CallPolicy(attempts=1)
-    health = HealthConfig() if case.retries or churn else HealthConfig(failures_to_suspend=10**9)
+    policy, health = CallPolicy(retry_pause_s=1e-6), HealthConfig()
+    if case.faults == "calls" and not case.retries:
+        policy, health = CallPolicy(attempts=1), HealthConfig(failures_to_suspend=10**9)
     with Portal() as portal:
 
         async def connect() -> tuple[ExpertSwarm, StepTime]:

@@ -40,12 +40,12 @@ def rows() -> list[Row]:
     again = [
         (f"{f:.0%} of calls, asked again, {c}", replace(calls, fraction=f, combine=c, retries=True)) for f, c in pairs
     ]
-    two = [(f"servers dead {f:.0%}, 2 replicas", replace(servers, fraction=f, replicas=2)) for f in BARS]
+    three = [(f"servers dead {f:.0%}, 3 replicas", replace(servers, fraction=f, replicas=3)) for f in BARS]
     final = [(f"{f:.0%} of calls, for good, {c}", replace(calls, fraction=f, combine=c)) for f, c in pairs]
     one = [(f"servers dead {f:.0%}, 1 replica", replace(servers, fraction=f)) for f in BARS]
     return [
         Row("nothing fails", Case()),
-        *(Row(name, case, bar=True) for name, case in again + two),
+        *(Row(name, case, bar=True) for name, case in again + three),
         *(Row(name, case) for name, case in final + one),
     ]
 
@@ -61,7 +61,7 @@ def plot(path: Path, table: Sequence[tuple[Row, list[dict[str, float]]]]) -> Non
     styles: dict[str, tuple[Callable[[Case], bool], str]] = {
         "calls fail, asked again": (lambda c: c.faults == "calls" and c.retries, "o-"),
         "calls fail for good": (lambda c: c.faults == "calls" and not c.retries, "o:"),
-        "servers die and return, 2 replicas": (lambda c: c.faults == "servers" and c.replicas == 2, "^-"),
+        "servers die and return, 3 replicas": (lambda c: c.faults == "servers" and c.replicas == 3, "^-"),
         "servers die and return, 1 replica": (lambda c: c.faults == "servers" and c.replicas == 1, "^:"),
     }
     for label, (belongs, style) in styles.items():

@@ -26,8 +26,8 @@ from moe_net.model.config import ModelConfig
 from moe_net.optim import OptimizerConfig
 from moe_peer.metrics import EvalMetrics, StepMetrics, read_metrics
 
-SEQUENCES, SEQ_LEN, STEPS, EVERY = 16, 64, 400, 25
-KILL_AT = 200
+SEQUENCES, SEQ_LEN, STEPS, EVERY = 64, 64, 240, 20
+KILL_AT = 120
 CURVE_BAR, STEP_BAR = 0.01, 0.01
 RUN = RunConfig(
     name="replicas",

@@ -131,7 +131,9 @@ class Child:
     def _send(self, number: signal.Signals) -> None:
         if self._process.returncode is None:
             with suppress(ProcessLookupError):
-                self._process.send_signal(number)
+                # Not the process object's own way: that looks whether it has ended first, and so takes the exit code
+                # away from the one who waits for it.
+                os.kill(self.pid, number)
 
     async def stop(self, grace_s: float) -> int:
         """SIGTERM; SIGKILL to it and its descendants after `grace_s`. Returns the exit code."""

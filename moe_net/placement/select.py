@@ -1,8 +1,9 @@
 """Which replica runs which expert's rows. Pure and deterministic.
 
 Every server that a layer uses costs one call, and every token's row is sent once to each server that hosts any of
-its experts (design, D3): so few servers that cover many rows. That is weighted set cover; the greedy choice is
-within a factor 1 + ln(E) of the fewest (Chvatal, 1979).
+its experts (design, D3): so few servers that cover all experts. That is set cover; the greedy choice is within a factor
+1 + ln(E) of the fewest (Chvatal, 1979). It goes by experts and not by rows: these change with every batch, and replicas
+that take turns learn apart (two of four servers with half the experts each: 0.8 % more loss).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def select(
     """Expert index -> peer id, for every wanted expert of `layer` that has a replica in `view`.
 
     `expert_counts` has the rows of each wanted expert (those with none are left out). Server by server, the one
-    that can take the most rows is chosen; `salt` (say, the trainer's name) decides between equals, so that
+    that can take the most experts is chosen; `salt` (say, the trainer's name) decides between equals, so that
     trainers spread over equal replicas and one trainer keeps to its own. With `max_rows`, a server that has got so
     many rows takes another expert only if that has no other replica. Peers in `spared` (slow, or with a full queue)
     get only those experts that nobody else in `view` hosts; an expert in `tried` is not given to that peer again.
@@ -46,9 +47,8 @@ def select(
     spread = {peer_id: _mix(salt, peer_id) for peer_id in hosted}
     chosen: dict[int, str] = {}
     while open_replicas:
-        takes = {p: sum(expert_counts[i] for i in indices) for p, indices in hosted.items()}
-        most = max(takes.values())
-        equals = sorted((spread[p], p) for p, rows in takes.items() if rows == most)
+        most = max(len(indices) for indices in hosted.values())
+        equals = sorted((spread[p], p) for p, indices in hosted.items() if len(indices) == most)
         best = equals[turn % len(equals)][1]
         taken = _fill(hosted[best], open_replicas, expert_counts, max_rows)
         for index in taken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -53,9 +54,14 @@ def test_servers_are_nearly_as_few_as_possible(hosting: dict[str, set[int]], cou
         for some in itertools.combinations(hosting, n)
         if set(chosen) <= set().union(*(hosting[p] for p in some))
     )
-    rows = sum(counts[i] for i in chosen)
-    # Greedy by rows: H(rows) is the bound when each row is an element to be covered.
-    assert len(set(chosen.values())) <= fewest * (1 + math.log(rows))
+    assert len(set(chosen.values())) <= fewest * (1 + math.log(len(chosen)))
+
+
+def test_the_choice_does_not_change_with_the_rows_of_a_batch() -> None:
+    view = view_of({"a": {0, 1, 2, 3}, "b": {4, 5, 6, 7}, "c": {0, 1, 4, 5}, "d": {2, 3, 6, 7}})
+    draw = random.Random(0)
+    choices = [select(view, LAYER, {i: draw.randint(1, 100) for i in range(8)}, salt="t") for _ in range(50)]
+    assert all(choice == choices[0] for choice in choices)
 
 
 def test_one_server_that_has_everything_is_preferred() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -37,6 +36,7 @@ from moe_peer.catchup import catch_up
 from moe_peer.checkpoint import newest_checkpoint, read_meta
 from moe_peer.config import ServeConfig, parse_experts
 from moe_peer.gossip import Gossip, Meeting
+from moe_peer.memory import free_memory_bytes
 from moe_peer.server import ExpertServer
 
 log = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ async def _choose_experts(
     one_bytes = memory_bytes(1, run.model.expert_shape)
     capacity = config.max_experts
     if capacity is None:
-        capacity = _free_memory_bytes() // 2 // one_bytes
+        capacity = free_memory_bytes() // 2 // one_bytes
         if capacity == 0:
             raise ValueError(f"half of the free memory does not hold one expert ({one_bytes / MIB:.0f} MiB)")
     view = View(await discovery.peers())
@@ -220,13 +220,6 @@ async def _choose_experts(
     total_mib = len(chosen) * one_bytes / MIB
     log.info("hosting %d of %d experts, %.0f MiB", len(chosen), len(run.model.expert_ids), total_mib)
     return chosen
-
-
-def _free_memory_bytes() -> int:
-    names = os.sysconf_names
-    # macOS does not say what is free: count on a quarter of what is there.
-    free = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in names else os.sysconf("SC_PHYS_PAGES") // 4
-    return free * os.sysconf("SC_PAGE_SIZE")
 
 
 def _make_host(config: ServeConfig, run: RunConfig, experts: tuple[ExpertId, ...]) -> ExpertHost:

@@ -32,6 +32,10 @@ CACHES = frozenset({".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".im
 hypothesis.settings.register_profile("moe-net", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile("moe-net")
 
+# Triton's kernels run on a CPU through its interpreter, if it is told so before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Two threads for matrices of 24 columns wait for each other more than they compute: 7 s of tests took a minute.
 torch.set_num_threads(1)
 

@@ -19,42 +19,84 @@ loop 27.3 ms.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
-from types import ModuleType
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_net.kernels import grouped, loop, reference
-from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
+from moe_net.kernels import reference
+from moe_net.kernels.types import Backend, ExpertWeights, Saved, WeightGrads
 from moe_net.types import Activation
 
-__all__ = ["BACKENDS", "ExpertWeights", "Saved", "WeightGrads", "moe_ffn", "moe_ffn_backward", "moe_ffn_forward"]
+__all__ = ["ExpertWeights", "Saved", "WeightGrads", "available", "moe_ffn", "moe_ffn_backward", "moe_ffn_forward"]
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (reference, loop, grouped)}
+# Name -> what has to be installed for it; torch is.
+_NEEDS = {"reference": (), "loop": (), "grouped": (), "triton": ("triton",), "quack": ("triton", "quack")}
+_TAKES = {
+    "grouped": "rows of multiples of 16 bytes",
+    "quack": "bf16 or fp16 SwiGLU experts with rows of multiples of 16 bytes and D contiguous in w_in",
+}
+_MODULES = {"triton": "fused", "quack": "hopper"}
+
+# Fewer pairs than this for an expert: launches and half-empty tiles cost more than the larger products save.
+FEW_PAIRS = 64
 _logged: set[tuple[str, str, str]] = set()
 
 
-def _choose(x_TD: Tensor, weights: ExpertWeights, backend: str | None) -> ModuleType:
+@cache
+def _installed(backend: str) -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in _NEEDS[backend])
+
+
+def available() -> tuple[str, ...]:
+    """The backends that what is installed here allows; which of them run depends on the device, dtype and shape too."""
+    return tuple(backend for backend in _NEEDS if _installed(backend))
+
+
+@cache
+def _load(backend: str) -> Backend:
+    """Imported when first used: Triton and QuACK take seconds, which a peer without a GPU need not spend."""
+    return importlib.import_module(f"moe_net.kernels.{_MODULES.get(backend, backend)}")  # pyright: ignore
+
+
+def _fits(backend: str, x_TD: Tensor, weights: ExpertWeights) -> bool:
+    fits = getattr(_load(backend), "fits", None)
+    return fits is None or fits(x_TD, weights)
+
+
+def _fastest(x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights) -> str:
+    if not x_TD.is_cuda or x_TD.dtype is torch.float64:
+        return "loop"
+    # grouped_mm has its own kernel for bf16 on Hopper and newer, and is a loop over experts elsewhere.
+    native = x_TD.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x_TD.device)[0] >= 9
+    many = expert_ids_TK.numel() >= FEW_PAIRS * weights.w_in_EDH.shape[0]
+    if native and (many or not _installed("triton")):
+        for backend in ("quack", "grouped"):
+            if _installed(backend) and _fits(backend, x_TD, weights):
+                return backend
+    return "triton" if _installed("triton") else "loop"
+
+
+def _choose(x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights, backend: str | None) -> Backend:
     """The backend asked for, or the fastest one for this device, dtype and shape."""
     if backend is None:
-        kernel = x_TD.is_cuda and x_TD.dtype is torch.bfloat16 and grouped.fits(x_TD, weights)
-        backend = grouped.NAME if kernel else loop.NAME
-    elif backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    elif backend == grouped.NAME and not grouped.fits(x_TD, weights):
-        d_model, d_ff = x_TD.shape[1], weights.w_out_EFD.shape[1]
-        raise ValueError(
-            f"backend 'grouped' needs rows of multiples of 16 bytes, not D={d_model}, F={d_ff} {x_TD.dtype}"
-        )
+        backend = _fastest(x_TD, expert_ids_TK, weights)
+    elif backend not in available():
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(available())}")
+    elif not _fits(backend, x_TD, weights):
+        sizes = f"D={x_TD.shape[1]}, F={weights.w_out_EFD.shape[1]} {weights.activation.value} {x_TD.dtype}"
+        raise ValueError(f"backend {backend!r} takes {_TAKES[backend]}, not {sizes}")
     key = (backend, x_TD.device.type, str(x_TD.dtype))
     if key not in _logged:
         _logged.add(key)
         logger.info("expert kernels: backend %s for %s, %s", *key)
-    return BACKENDS[backend]
+    return _load(backend)
 
 
 def _check(x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights) -> None:
@@ -94,10 +136,10 @@ def moe_ffn_forward(
     """Row sums y [T, D] in x's dtype, and with `keep` what the backward can use again.
 
     Ids are int32 or int64; -1 is padding and adds nothing (its gate must be finite). Any other id outside 0..E-1 is a
-    ValueError with "loop", padding with "grouped", which does not wait for the device to look. No autograd here.
+    ValueError with "loop", padding with the others, which do not wait for the device to look. No autograd here.
     """
     _check(x_TD, expert_ids_TK, gates_TK, weights)
-    return _choose(x_TD, weights, backend).forward(x_TD, expert_ids_TK, gates_TK, weights, keep=keep)
+    return _choose(x_TD, expert_ids_TK, weights, backend).forward(x_TD, expert_ids_TK, gates_TK, weights, keep=keep)
 
 
 @torch.no_grad()
@@ -120,10 +162,11 @@ def moe_ffn_backward(
     _check(x_TD, expert_ids_TK, gates_TK, weights)
     if dy_TD.shape != x_TD.shape or dy_TD.dtype != x_TD.dtype:
         raise ValueError(f"dy is {dy_TD.dtype} {list(dy_TD.shape)}, but x is {x_TD.dtype} {list(x_TD.shape)}")
-    module = _choose(x_TD, weights, backend or (saved.backend if saved is not None else None))
+    module = _choose(x_TD, expert_ids_TK, weights, backend or (saved.backend if saved is not None else None))
     if saved is not None and saved.backend != module.NAME:
         saved = None
-    return module.backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, weight_grads=weight_grads)
+    dx_TD, dgates_TK, _ = module.backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, sums=weight_grads)
+    return dx_TD, dgates_TK
 
 
 class _MoeFfn(torch.autograd.Function):
@@ -142,15 +185,13 @@ class _MoeFfn(torch.autograd.Function):
     def backward(ctx, dy_TD):
         x_TD, expert_ids_TK, gates_TK, w_in_EDH, w_out_EFD, h_PH = ctx.saved_tensors
         saved = None if ctx.saved_as is None else Saved(ctx.saved_as[0], ctx.saved_as[1], h_PH)
-        grads = None
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            dtype = torch.promote_types(w_in_EDH.dtype, torch.float32)
-            grads = WeightGrads(torch.zeros_like(w_in_EDH, dtype=dtype), torch.zeros_like(w_out_EFD, dtype=dtype))
         weights = ExpertWeights(w_in_EDH, w_out_EFD, ctx.activation)
-        dx_TD, dgates_TK = moe_ffn_backward(
-            dy_TD.contiguous(), x_TD, expert_ids_TK, gates_TK, weights, saved, weight_grads=grads
+        module = _choose(x_TD, expert_ids_TK, weights, None if saved is None else saved.backend)
+        fresh = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        dx_TD, dgates_TK, new = module.backward(
+            dy_TD.contiguous(), x_TD, expert_ids_TK, gates_TK, weights, saved, sums=None, fresh=fresh
         )
-        dw_in_EDH, dw_out_EFD = (None, None) if grads is None else (grad.to(w_in_EDH.dtype) for grad in grads)
+        dw_in_EDH, dw_out_EFD = (None, None) if new is None else new
         return dx_TD, None, dgates_TK, dw_in_EDH, dw_out_EFD, None, None
 
 
@@ -163,7 +204,7 @@ def moe_ffn(
     again.
     """
     _check(x_TD, expert_ids_TK, gates_TK, weights)
-    if _choose(x_TD, weights, backend) is reference:
+    if _choose(x_TD, expert_ids_TK, weights, backend).NAME == reference.NAME:
         return reference.moe_ffn_reference(x_TD, expert_ids_TK, gates_TK, weights)
     inputs = (x_TD, gates_TK, weights.w_in_EDH, weights.w_out_EFD)
     if not (torch.is_grad_enabled() and any(value.requires_grad for value in inputs)):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
+from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads, zero_sums
 from moe_net.types import Activation
 
 NAME = "loop"
@@ -85,7 +85,7 @@ def _add_product(sum_MN: Tensor, a_Mn: Tensor, b_nN: Tensor) -> None:
 def forward(
     x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, *, keep: bool
 ) -> tuple[Tensor, Saved | None]:
-    """As `dispatch.moe_ffn_forward`."""
+    """As `types.Backend.forward`."""
     n_experts, d_model, d_hidden = weights.w_in_EDH.shape
     d_ff = weights.w_out_EFD.shape[1]
     routing = sort_pairs(expert_ids_TK, n_experts)
@@ -119,9 +119,10 @@ def backward(
     weights: ExpertWeights,
     saved: Saved | None,
     *,
-    weight_grads: WeightGrads | None,
-) -> tuple[Tensor, Tensor]:
-    """As `dispatch.moe_ffn_backward`.
+    sums: WeightGrads | None,
+    fresh: bool = False,
+) -> tuple[Tensor, Tensor, WeightGrads | None]:
+    """As `types.Backend.backward`.
 
     With y_p = a_p W_out, and dA_p = dy_t W_out^T *without* the gate: dgate_p = <dA_p, a_p>, so y_p is not needed; the
     gate then enters dW_out through dy, dW_in through x and dx in the gather-sum, all of them [P, D].
@@ -135,6 +136,7 @@ def backward(
     # fp32 also beside bf16 rows: a gate's gradient is a sum over F.
     dgate_P = x_TD.new_empty(n_pairs, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     gate_P1 = gates_TK.reshape(-1).index_select(0, routing.pair_P).to(x_TD.dtype).unsqueeze(1)
+    new = zero_sums(weights) if fresh else None
     rows_nD = x_TD.new_empty(largest, d_model)
     h_nH = x_TD.new_empty(largest if saved is None else 0, d_hidden)
     a_nF, da_nF, t_nF = x_TD.new_empty(3, largest, d_ff).unbind(0)
@@ -165,10 +167,17 @@ def backward(
             torch.sum(t, 1, dtype=dgate_P.dtype, out=dgate_P[first:end])
             _aten.gelu_backward.grad_input(da, h, grad_input=dh)
         torch.mm(dh, weights.w_in_EDH[expert].t(), out=dx_QD[first:end])
-        if weight_grads is not None:
-            _add_product(weight_grads.w_out_EFD[expert], a.t(), dy.mul_(gate))
+        if sums is not None or new is not None:
+            dy.mul_(gate)
+            for grads in (sums, new):
+                if grads is not None:
+                    _add_product(grads.w_out_EFD[expert], a.t(), dy)
             x = torch.index_select(x_TD, 0, row, out=rows).mul_(gate)
-            _add_product(weight_grads.w_in_EDH[expert], x.t(), dh)
+            for grads in (sums, new):
+                if grads is not None:
+                    _add_product(grads.w_in_EDH[expert], x.t(), dh)
     dx_TD = _combine(dx_QD, routing, gates_TK)
     dgates = dgate_P.new_zeros(gates_TK.numel()).index_copy_(0, routing.pair_P, dgate_P)
-    return dx_TD, dgates.view(gates_TK.shape).to(gates_TK.dtype)
+    if new is not None:
+        new = WeightGrads(*(grad.to(weights.w_in_EDH.dtype) for grad in new))
+    return dx_TD, dgates.view(gates_TK.shape).to(gates_TK.dtype), new

@@ -40,7 +40,7 @@ def moe_ffn_reference(x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, wei
 def forward(
     x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, *, keep: bool
 ) -> tuple[Tensor, Saved | None]:
-    """As `dispatch.moe_ffn_forward`. Keeps nothing: its backward runs the forward again."""
+    """As `types.Backend.forward`. Keeps nothing: its backward runs the forward again."""
     with torch.no_grad():
         return moe_ffn_reference(x_TD, expert_ids_TK, gates_TK, weights), None
 
@@ -53,9 +53,10 @@ def backward(
     weights: ExpertWeights,
     saved: Saved | None,
     *,
-    weight_grads: WeightGrads | None,
-) -> tuple[Tensor, Tensor]:
-    """As `dispatch.moe_ffn_backward`, by autograd."""
+    sums: WeightGrads | None,
+    fresh: bool = False,
+) -> tuple[Tensor, Tensor, WeightGrads | None]:
+    """As `types.Backend.backward`, by autograd."""
     with torch.enable_grad():
         x, gates, w_in, w_out = (
             value.detach().requires_grad_() for value in (x_TD, gates_TK, weights.w_in_EDH, weights.w_out_EFD)
@@ -64,7 +65,7 @@ def backward(
     dx_TD, dgates_TK, dw_in_EDH, dw_out_EFD = torch.autograd.grad(
         y_TD, (x, gates, w_in, w_out), dy_TD, materialize_grads=True
     )
-    if weight_grads is not None:
-        weight_grads.w_in_EDH.add_(dw_in_EDH)
-        weight_grads.w_out_EFD.add_(dw_out_EFD)
-    return dx_TD, dgates_TK
+    if sums is not None:
+        sums.w_in_EDH.add_(dw_in_EDH)
+        sums.w_out_EFD.add_(dw_out_EFD)
+    return dx_TD, dgates_TK, WeightGrads(dw_in_EDH, dw_out_EFD) if fresh else None

@@ -8,15 +8,20 @@ P (token, expert) pairs, sorted by expert.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from moe_net.types import Activation
 
 
 class ExpertWeights(NamedTuple):
-    """Experts of one layer, stacked."""
+    """Experts of one layer, stacked.
+
+    Any strides will do. Fastest on a GPU is `w_in` as a transposed view of [E, H, D]: the Hopper backend takes only
+    that.
+    """
 
     w_in_EDH: Tensor
     w_out_EFD: Tensor
@@ -24,10 +29,17 @@ class ExpertWeights(NamedTuple):
 
 
 class WeightGrads(NamedTuple):
-    """fp32 sums of weight gradients; backward adds to them in place."""
+    """Gradients of both weights, or their sums in fp32, which a backward adds to in place."""
 
     w_in_EDH: Tensor
     w_out_EFD: Tensor
+
+
+def zero_sums(weights: ExpertWeights) -> WeightGrads:
+    """Fresh sums: fp32, or fp64 beside fp64 weights."""
+    w_in, w_out, _ = weights
+    dtype = torch.promote_types(w_in.dtype, torch.float32)
+    return WeightGrads(torch.zeros_like(w_in, dtype=dtype), torch.zeros_like(w_out, dtype=dtype))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,3 +55,45 @@ class Saved:
     def nbytes(self) -> int:
         """Bytes of the pre-activations; the routing is smaller by about the factor H / 4."""
         return self.h_PH.numel() * self.h_PH.element_size()
+
+
+class Backend(Protocol):
+    """What `dispatch` asks of a backend's module. T tokens, K experts per token; arguments as `moe_ffn_forward` has
+    checked them."""
+
+    @property
+    def NAME(self) -> str:
+        """What `backend=` calls it."""
+        ...
+
+    def forward(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, *, keep: bool
+    ) -> tuple[Tensor, Saved | None]:
+        """Row sums y [T, D] in x's dtype, and with `keep` what the backward can use again."""
+        ...
+
+    def backward(
+        self,
+        dy_TD: Tensor,
+        x_TD: Tensor,
+        expert_ids_TK: Tensor,
+        gates_TK: Tensor,
+        weights: ExpertWeights,
+        saved: Saved | None,
+        *,
+        sums: WeightGrads | None,
+        fresh: bool = False,
+    ) -> tuple[Tensor, Tensor, WeightGrads | None]:
+        """(dx [T, D], dgates [T, K], the weights' gradients in their dtype if `fresh`); adds the latter to `sums`.
+
+        The server adds to its fp32 sums; autograd wants new tensors, and zeros to add to would be three passes more.
+        """
+        ...
+
+
+def no_gradient(
+    x_TD: Tensor, gates_TK: Tensor, weights: ExpertWeights, *, fresh: bool
+) -> tuple[Tensor, Tensor, WeightGrads | None]:
+    """What a backward of no pairs gives."""
+    new = WeightGrads(torch.zeros_like(weights.w_in_EDH), torch.zeros_like(weights.w_out_EFD)) if fresh else None
+    return torch.zeros_like(x_TD), torch.zeros_like(gates_TK), new

@@ -2,68 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_cases import DEVICE, TOLERANCE, Case, make_case
 from torch import Tensor
 
-from moe_net.kernels.dispatch import BACKENDS, moe_ffn, moe_ffn_backward, moe_ffn_forward
+from moe_net.kernels.dispatch import available, moe_ffn, moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.types import ExpertWeights, WeightGrads
 from moe_net.types import Activation
 
-FAST = ("loop", "grouped")
-# Relative to the largest value: fp32 sums of up to 48 terms stay within 1e-6; bf16 keeps 8 bits, twice rounded.
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    x_TD: Tensor
-    ids_TK: Tensor
-    gates_TK: Tensor
-    dy_TD: Tensor
-    weights: ExpertWeights
-
-    def to(self, dtype: torch.dtype) -> Case:
-        """Rows and weights rounded to `dtype`; gates stay fp32, or become fp64 for the oracle."""
-        w = self.weights
-        return Case(
-            x_TD=self.x_TD.to(dtype),
-            ids_TK=self.ids_TK,
-            gates_TK=self.gates_TK.double() if dtype is torch.float64 else self.gates_TK,
-            dy_TD=self.dy_TD.to(dtype),
-            weights=ExpertWeights(w.w_in_EDH.to(dtype), w.w_out_EFD.to(dtype), w.activation),
-        )
-
-
-def make_case(
-    seed: int, *, t: int, k: int, e: int, d: int, f: int, activation: Activation, routing: str = "random"
-) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    if routing == "padding":
-        ids = torch.full((t, k), -1)
-    elif routing == "one hot":
-        ids = torch.full((t, k), seed % e)
-    else:
-        ids = torch.randint(-1, e, (t, k), generator=generator)
-        if routing == "empty experts":
-            ids[ids % 2 == 0] = -1
-    h = 2 * f if activation is Activation.SWIGLU else f
-    return Case(
-        x_TD=normal(t, d),
-        ids_TK=ids.to(torch.int32 if seed % 2 else torch.int64),
-        gates_TK=torch.rand((t, k), generator=generator),
-        dy_TD=normal(t, d),
-        weights=ExpertWeights(normal(e, d, h) / d**0.5, normal(e, f, d) / f**0.5, activation),
-    )
+# QuACK takes SwiGLU in 16 bits only, on Hopper and newer: it has a test of its own.
+ALL = tuple(backend for backend in available() if backend != "quack")
+FAST = tuple(backend for backend in ALL if backend != "reference")
+# Triton's interpreter takes 0.1 s and more for what the others do in 1 ms.
+SLOW = ("triton",) if DEVICE == "cpu" else ()
+QUICK = tuple(backend for backend in ALL if backend not in SLOW)
 
 
 def run_explicit(case: Case, backend: str, *, keep: bool = True) -> dict[str, Tensor]:
@@ -87,19 +45,23 @@ def run_autograd(case: Case, backend: str) -> dict[str, Tensor]:
     return {"y": y.detach(), "dx": dx, "dgates": dgates, "dw_in": dw_in, "dw_out": dw_out}
 
 
-def assert_close(got: dict[str, Tensor], oracle: dict[str, Tensor], tolerance: float) -> None:
-    for name, expected in oracle.items():
-        assert got[name].shape == expected.shape, name
-        if expected.numel():
-            error = (got[name].double() - expected).abs().max().item()
-            assert error <= tolerance * max(1.0, expected.abs().max().item()), f"{name} is off by {error}"
+def absolute(case: Case) -> Case:
+    """The same with absolute values: its results are the sums of the absolute terms, which rounding is relative to."""
+    w = case.weights
+    weights = ExpertWeights(w.w_in_EDH.abs(), w.w_out_EFD.abs(), w.activation)
+    return replace(case, x_TD=case.x_TD.abs(), gates_TK=case.gates_TK.abs(), dy_TD=case.dy_TD.abs(), weights=weights)
 
 
 def check(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> None:
     case = case.to(dtype)
-    oracle = run_autograd(case.to(torch.float64), "reference")
-    assert_close(run_explicit(case, backend), oracle, TOLERANCE[dtype])
-    assert_close(run_autograd(case, backend), oracle, TOLERANCE[dtype])
+    exact = case.to(torch.float64)
+    oracle, terms = run_autograd(exact, "reference"), run_autograd(absolute(exact), "reference")
+    for got in (run_explicit(case, backend), run_autograd(case, backend)):
+        for name, expected in oracle.items():
+            assert got[name].shape == expected.shape, name
+            if expected.numel():
+                error = (got[name].double() - expected).abs().max().item()
+                assert error <= TOLERANCE[dtype] * max(1.0, terms[name].max().item()), f"{name} is off by {error}"
 
 
 def fitting(shape: dict[str, Any], backend: str) -> dict[str, Any]:
@@ -123,25 +85,43 @@ CASES = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK)
 @given(shape=CASES)
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=1000)
 def test_output_and_every_gradient_equal_the_fp64_reference(backend: str, shape: dict[str, Any]) -> None:
     check(make_case(**fitting(shape, backend)), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK)
 @given(shape=CASES)
-@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 def test_bf16_rows_and_weights_stay_within_bf16_rounding(backend: str, shape: dict[str, Any]) -> None:
     check(make_case(**fitting(shape, backend)), backend, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("backend", SLOW)
+@given(shape=CASES)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+def test_interpreted_kernels_equal_the_fp64_reference(backend: str, dtype: torch.dtype, shape: dict[str, Any]) -> None:
+    check(make_case(**fitting(shape, backend)), backend, dtype)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in available() if backend == "quack" and DEVICE == "cuda"])
+@given(shape=CASES, t=st.integers(0, 300))
+@settings(max_examples=100)
+def test_hopper_products_stay_within_bf16_rounding(backend: str, shape: dict[str, Any], t: int) -> None:
+    shape = shape | {"t": t, "d": 64 if shape["d"] == 8 else 136, "f": 64 if shape["f"] == 8 else 72}
+    case = make_case(**shape | {"activation": Activation.SWIGLU, "seed": shape["seed"] // 4 * 4})
+    check(case, backend, torch.bfloat16)
 
 
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("routing", ["random", "one hot", "empty experts", "padding"])
 @pytest.mark.parametrize("backend", FAST)
 def test_larger_shapes_agree_for_every_kind_of_routing(backend: str, routing: str, activation: Activation) -> None:
-    check(make_case(5, t=300, k=4, e=7, d=48, f=40, activation=activation, routing=routing), backend)
+    sizes = {"t": 60, "e": 4, "d": 24, "f": 40} if backend in SLOW else {"t": 300, "e": 7, "d": 48, "f": 40}
+    check(make_case(5, k=4, activation=activation, routing=routing, **sizes), backend)
 
 
 @pytest.mark.parametrize("activation", Activation)
@@ -162,12 +142,14 @@ def test_what_one_backend_saved_does_not_confuse_another(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_weight_gradients_are_added_to_what_is_there(backend: str, dtype: torch.dtype) -> None:
     case = make_case(1, t=40, k=2, e=3, d=16, f=8, activation=Activation.GELU).to(dtype)
     args = (case.x_TD, case.ids_TK, case.gates_TK, case.weights)
     once = run_explicit(case, backend)
-    ones = [torch.ones(w.shape) for w in (case.weights.w_in_EDH, case.weights.w_out_EFD)]  # fp32 beside bf16 too
+    ones = [
+        torch.ones(w.shape, device=DEVICE) for w in (case.weights.w_in_EDH, case.weights.w_out_EFD)
+    ]  # fp32 beside bf16 too
     grads = WeightGrads(*ones)
     for _ in range(2):
         moe_ffn_backward(case.dy_TD, *args, None, weight_grads=grads, backend=backend)
@@ -177,7 +159,7 @@ def test_weight_gradients_are_added_to_what_is_there(backend: str, dtype: torch.
 
 @pytest.mark.parametrize("backend", FAST)
 def test_the_same_inputs_give_the_same_bits(backend: str) -> None:
-    case = make_case(2, t=128, k=4, e=5, d=32, f=32, activation=Activation.SWIGLU)
+    case = make_case(2, t=64, k=4, e=3, d=32, f=16, activation=Activation.SWIGLU)
     first, second = run_explicit(case, backend), run_explicit(case, backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -197,7 +179,7 @@ def test_inputs_are_left_as_they_were(backend: str) -> None:
 def test_nan_in_one_expert_reaches_only_the_tokens_that_chose_it(backend: str) -> None:
     case = make_case(0, t=6, k=2, e=3, d=8, f=8, activation=Activation.GELU)
     case.weights.w_out_EFD[1] = float("nan")
-    ids = torch.tensor([[0, 2], [1, -1], [-1, -1], [2, 0], [0, 1], [-1, 2]])
+    ids = torch.tensor([[0, 2], [1, -1], [-1, -1], [2, 0], [0, 1], [-1, 2]], device=DEVICE)
     y, _ = moe_ffn_forward(case.x_TD, ids, case.gates_TK, case.weights, keep=False, backend=backend)
     assert y.isnan().any(dim=1).tolist() == [False, True, False, False, True, False]
 
@@ -226,7 +208,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="unknown backend 'fastest': choose one of reference, loop, grouped"):
         moe_ffn(x, ids, gates, w, backend="fastest")
     narrow = ExpertWeights(w.w_in_EDH[:, :6], w.w_out_EFD[..., :6], w.activation)
-    with pytest.raises(ValueError, match="needs rows of multiples of 16 bytes, not D=6, F=8"):
+    with pytest.raises(ValueError, match="takes rows of multiples of 16 bytes, not D=6, F=8"):
         moe_ffn(x[:, :6], ids, gates, narrow, backend="grouped")
     with pytest.raises(ValueError, match=r"x is \[6, 7\], but the experts take \[T, 8\]"):
         moe_ffn(x[:, :7], ids, gates, w)

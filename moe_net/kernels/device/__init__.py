@@ -1,0 +1,1 @@
+"""Triton kernels of the expert backends; imported only where Triton is installed."""

@@ -1,0 +1,170 @@
+# pyright: basic
+"""A server's small calls as CUDA graphs: what 64 to 512 tokens over 16 experts cost is launches, not arithmetic.
+
+T tokens of a call, B tokens of its bucket, K experts per token, E experts, D model width, P = B * K pairs.
+
+Token counts change from call to call, and a graph has fixed sizes: counts are rounded up to buckets, the rest is
+padding (expert -1), which no kernel touches. A bucket has one set of buffers that its graphs read and write. A forward
+leaves the pre-activations there; the backward of the same call uses them in place, and only if another forward of the
+bucket comes first they are copied out.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_net.kernels import fused
+from moe_net.kernels.routing import Routing
+from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
+
+BUCKETS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+
+
+def bucket_of(n_tokens: int) -> int | None:
+    """The smallest bucket that holds them; None if none does."""
+    return next((bucket for bucket in BUCKETS if n_tokens <= bucket), None)
+
+
+class _Kept:
+    """What a forward left for its backward: in its bucket's buffers, until another call needs these."""
+
+    def __init__(self, bucket: _Bucket) -> None:
+        self.bucket = bucket
+        self.copies: list[Tensor] | None = None
+
+
+class _Bucket:
+    """Static inputs and outputs of one (tokens, choices), and the graphs between them."""
+
+    def __init__(self, n_tokens: int, n_choices: int, weights: ExpertWeights, sums: WeightGrads | None) -> None:
+        w_in_EDH = weights.w_in_EDH
+        device, d_model = w_in_EDH.device, w_in_EDH.shape[1]
+        self._weights, self._sums = weights, sums
+        self.x_BD = torch.zeros((n_tokens, d_model), dtype=w_in_EDH.dtype, device=device)
+        self.dy_BD = torch.zeros_like(self.x_BD)
+        self.ids_BK = torch.full((n_tokens, n_choices), -1, dtype=torch.int32, device=device)
+        self.gates_BK = torch.zeros((n_tokens, n_choices), device=device)
+        self._owner: weakref.ref[_Kept] | None = None
+        self.forward_graph, forward = _capture(self._forward, device)
+        self.y_BD, self.h_PH, self._kept = forward[0], forward[1], forward[1:]
+        # Padding alone adds nothing to the sums, also while a graph is made.
+        self.backward_graph, backward = _capture(self._backward, device)
+        self.dx_BD, self.dgates_BK = backward[:2]
+        self.new = WeightGrads(backward[2], backward[3]) if sums is None else None
+
+    def _forward(self) -> list[Tensor]:
+        y_BD, saved = fused.forward(self.x_BD, self.ids_BK, self.gates_BK, self._weights, keep=True)
+        assert saved is not None
+        return [y_BD, saved.h_PH, saved.routing.pair_P, saved.routing.place_P, saved.routing.end_E]
+
+    def _backward(self) -> list[Tensor]:
+        h_PH, pair_P, place_P, end_E = self._kept
+        saved = Saved(fused.NAME, Routing(pair_P, place_P, end_E), h_PH)
+        dx_BD, dgates_BK, new = fused.backward(
+            self.dy_BD, self.x_BD, self.ids_BK, self.gates_BK, self._weights, saved,
+            sums=self._sums, fresh=self._sums is None,
+        )  # fmt: skip
+        return [dx_BD, dgates_BK, *(new or ())]
+
+    def load(self, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, owner: _Kept | None) -> None:
+        """Put a call's inputs into the buffers; whoever still needs what is there gets a copy of it."""
+        previous = None if self._owner is None else self._owner()
+        if previous is not None and previous is not owner:
+            previous.copies = [value.clone() for value in self._kept]
+        n_tokens = x_TD.shape[0]
+        self.x_BD[:n_tokens].copy_(x_TD, non_blocking=True)
+        self.ids_BK[:n_tokens].copy_(ids_TK, non_blocking=True)
+        if n_tokens < self.ids_BK.shape[0]:
+            self.ids_BK[n_tokens:].fill_(-1)
+        self.gates_BK[:n_tokens].copy_(gates_TK, non_blocking=True)
+        self._owner = None if owner is None else weakref.ref(owner)
+
+    def holds(self, kept: _Kept) -> bool:
+        return self._owner is not None and self._owner() is kept
+
+    def restore(self, kept: _Kept) -> None:
+        assert kept.copies is not None
+        for buffer, copy in zip(self._kept, kept.copies, strict=True):
+            buffer.copy_(copy)
+        kept.copies = None
+
+
+def _capture(fn: Callable[[], list[Tensor]], device: torch.device) -> tuple[Callable[[], None], list[Tensor]]:
+    """(what runs `fn` again into the same outputs, these). Without CUDA: `fn`, and a copy of what it returns."""
+    if device.type != "cuda":
+        outputs = fn()
+
+        def replay() -> None:
+            for output, value in zip(outputs, fn(), strict=True):
+                output.copy_(value)
+
+        return replay, outputs
+    # Triton compiles at the first launch, which a capture does not survive.
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        fn()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = fn()
+    return graph.replay, outputs
+
+
+class GraphedExperts:
+    """Forward and backward of calls of up to 512 tokens on fixed weights; not for more than one thread or stream.
+
+    Weights may change in place between calls; a `Saved` is then the caller's to drop. `sums` as in
+    `types.Backend.backward`; without them every backward overwrites `new_grads`.
+    """
+
+    def __init__(self, weights: ExpertWeights, sums: WeightGrads | None = None) -> None:
+        self._weights, self._sums = weights, sums
+        self._buckets: dict[tuple[int, int], _Bucket] = {}
+
+    def takes(self, x_TD: Tensor, expert_ids_TK: Tensor) -> bool:
+        """Whether a call of this size and dtype goes through a graph."""
+        n_tokens, n_choices = expert_ids_TK.shape
+        return (
+            n_tokens * n_choices > 0 and bucket_of(n_tokens) is not None and x_TD.dtype is self._weights.w_in_EDH.dtype
+        )
+
+    def _bucket(self, expert_ids_TK: Tensor) -> _Bucket:
+        n_tokens, n_choices = expert_ids_TK.shape
+        size = bucket_of(n_tokens)
+        assert size is not None
+        if (size, n_choices) not in self._buckets:
+            self._buckets[size, n_choices] = _Bucket(size, n_choices, self._weights, self._sums)
+        return self._buckets[size, n_choices]
+
+    def forward(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, *, keep: bool
+    ) -> tuple[Tensor, Saved | None]:
+        """As `types.Backend.forward`, of a call that `takes`."""
+        bucket = self._bucket(expert_ids_TK)
+        kept = _Kept(bucket) if keep else None
+        bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
+        bucket.forward_graph()
+        y_TD = bucket.y_BD[: x_TD.shape[0]].clone()
+        return y_TD, Saved(fused.NAME, kept, bucket.h_PH) if keep else None
+
+    def backward(
+        self, dy_TD: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, saved: Saved | None
+    ) -> tuple[Tensor, Tensor, WeightGrads | None]:
+        """As `types.Backend.backward`; the new gradients are overwritten by the next backward."""
+        bucket = self._bucket(expert_ids_TK)
+        kept = saved.routing if saved is not None and isinstance(saved.routing, _Kept) else None
+        if kept is None or kept.bucket is not bucket:
+            bucket.load(x_TD, expert_ids_TK, gates_TK, None)
+            bucket.forward_graph()
+        elif not bucket.holds(kept):
+            bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
+            bucket.restore(kept)
+        n_tokens = dy_TD.shape[0]
+        bucket.dy_BD[:n_tokens].copy_(dy_TD, non_blocking=True)
+        bucket.backward_graph()
+        return bucket.dx_BD[:n_tokens].clone(), bucket.dgates_BK[:n_tokens].clone().to(gates_TK.dtype), bucket.new

@@ -1,0 +1,147 @@
+# pyright: basic, reportMissingImports=false
+"""Products by QuACK (`pip install moe-net[hopper]`), with the gather and SwiGLU inside them; Hopper and newer.
+
+T tokens, K experts per token, E experts, D model width, F expert width, H = 2F columns of the first projection,
+P = T * K pairs sorted by expert. The plan is SonicMoE's (Guo et al., 2025): rows are gathered by index inside the
+products, the weights' ones too; the gates' gradients come from the epilogue of the backward; only x and the
+pre-activations are kept.
+
+QuACK interleaves gate and up columns in what it writes (h, dh), but reads and writes weights as [gate; up]: for that it
+needs D contiguous in w_in, i.e. a transposed view of [E, H, D].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_net.kernels.device import rows
+from moe_net.kernels.routing import Routing
+from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads, no_gradient
+from moe_net.types import Activation
+
+NAME = "quack"
+
+
+def fits(x_TD: Tensor, weights: ExpertWeights) -> bool:
+    """bf16 or fp16 SwiGLU experts with 16-byte rows, and D contiguous in w_in."""
+    w_in_EDH, w_out_EFD, activation = weights
+    return (
+        activation is Activation.SWIGLU
+        and x_TD.dtype in (torch.bfloat16, torch.float16)
+        and w_in_EDH.transpose(1, 2).is_contiguous()
+        and w_out_EFD.is_contiguous()
+        and x_TD.shape[1] % 8 == 0
+        and w_out_EFD.shape[1] % 8 == 0
+    )
+
+
+def _config(product: str, x_TD: Tensor):
+    """The tile for a product, found on an H200 (docs/kernels.md).
+
+    QuACK's own tuner takes 10 to 50 s for every new token count, which a server that sees new counts all day cannot
+    pay, and its default is 20 % slower over the six products.
+    """
+    from quack.gemm_config import GemmConfig
+
+    if torch.cuda.get_device_capability(x_TD.device)[0] != 9:
+        return None
+    tile_m, tile_n, pingpong, cluster_m = {
+        "up": (128, 256, False, 2),
+        "down backward": (128, 128, True, 1),
+        "rows": (128, 192, True, 2),
+        "weights": (128, 256, False, 2),
+    }[product]
+    return GemmConfig(
+        tile_m=tile_m, tile_n=tile_n, pingpong=pingpong, cluster_m=cluster_m, cluster_n=1, is_dynamic_persistent=False,
+        device_capacity=9,
+    )  # fmt: skip
+
+
+def _gemm(product: str, a: Tensor, b: Tensor, out: Tensor, **options) -> Tensor:
+    from quack.gemm_interface import gemm_tuned
+
+    # Below the tuner: `gemm` takes no configuration.
+    gemm_tuned.fn(a, b, out, config=_config(product, a), **options)
+    return out
+
+
+def _up(x_TD: Tensor, w_in_EDH: Tensor, row_P: Tensor, bound_E1: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """(h [P, H] interleaved, activation(h) [P, F])."""
+    from quack.gemm_interface import gemm_gated
+
+    return gemm_gated(
+        x_TD, w_in_EDH, activation="swiglu", cu_seqlens_m=bound_E1, A_idx=row_P, store_preact=keep,
+        concat_layout=("B",), tuned=False, config=_config("up", x_TD),
+    )  # fmt: skip
+
+
+def _sort(expert_ids_TK: Tensor, n_experts: int) -> tuple[Routing, Tensor, Tensor]:
+    """(routing, int32 token of each pair, int32 bounds [E + 1])."""
+    routing = rows.sort_pairs(expert_ids_TK, n_experts)
+    row_P = torch.div(routing.pair_P, expert_ids_TK.shape[1], rounding_mode="floor")
+    bound_E1 = torch.nn.functional.pad(routing.end_E, (1, 0))
+    return routing, row_P, bound_E1
+
+
+def forward(
+    x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, *, keep: bool
+) -> tuple[Tensor, Saved | None]:
+    """As `types.Backend.forward`."""
+    if expert_ids_TK.numel() == 0:
+        return torch.zeros_like(x_TD), None
+    x_TD, gates_TK = x_TD.contiguous(), gates_TK.contiguous()
+    n_tokens, n_choices = expert_ids_TK.shape
+    sorted_pairs = _sort(expert_ids_TK, weights.w_in_EDH.shape[0])
+    routing, row_P, bound_E1 = sorted_pairs
+    h_PH, a_PF = _up(x_TD, weights.w_in_EDH, row_P, bound_E1, keep=keep)
+    y_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
+    _gemm("rows", a_PF, weights.w_out_EFD, y_PD, cu_seqlens_m=bound_E1)
+    y_TD, _ = rows.combine(y_PD, routing, (n_tokens, n_choices), gates_TK)
+    return y_TD, Saved(NAME, sorted_pairs, h_PH) if keep else None
+
+
+def backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    saved: Saved | None,
+    *,
+    sums: WeightGrads | None,
+    fresh: bool = False,
+) -> tuple[Tensor, Tensor, WeightGrads | None]:
+    """As `types.Backend.backward`."""
+    from quack.gemm_interface import gemm_dgated
+
+    if expert_ids_TK.numel() == 0:
+        return no_gradient(x_TD, gates_TK, weights, fresh=fresh)
+    w_in_EDH, w_out_EFD, _ = weights
+    dy_TD, x_TD, gates_TK = dy_TD.contiguous(), x_TD.contiguous(), gates_TK.contiguous()
+    n_tokens, n_choices = expert_ids_TK.shape
+    if saved is None:
+        routing, row_P, bound_E1 = _sort(expert_ids_TK, w_in_EDH.shape[0])
+        h_PH, _ = _up(x_TD, w_in_EDH, row_P, bound_E1, keep=True)
+    else:
+        routing, row_P, bound_E1 = saved.routing
+        h_PH = saved.h_PH
+    gate_P = gates_TK.reshape(-1).float()[routing.pair_P]
+    dh_PH, a_PF, dgate_P = gemm_dgated(
+        dy_TD, w_out_EFD.transpose(1, 2), PreAct=h_PH, activation="swiglu", colvec_scale=gate_P, colvec_reduce=True,
+        cu_seqlens_m=bound_E1, A_idx=row_P, dynamic_scheduler=False, tuned=False,
+        config=_config("down backward", x_TD),
+    )  # fmt: skip
+    new = WeightGrads(torch.empty_like(w_in_EDH), torch.empty_like(w_out_EFD)) if fresh else None
+    for grads in (new, sums):
+        if grads is not None:
+            options = {"cu_seqlens_k": bound_E1, "A_idx": row_P, "add_to_output": grads is sums}
+            # dw_out as its transpose: the gathered rows come first.
+            _gemm("weights", dy_TD.t(), a_PF, grads.w_out_EFD.transpose(1, 2), **options)
+            _gemm("weights", x_TD.t(), dh_PH, grads.w_in_EDH, concat_layout=("out",), **options)
+    del a_PF
+    dx_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
+    _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, cu_seqlens_m=bound_E1, concat_layout=("B",))
+    dx_TD, _ = rows.combine(dx_PD, routing, (n_tokens, n_choices), None)
+    dgates_TK = dgate_P.index_select(0, routing.place_P.clamp(min=0)).masked_fill_(routing.place_P < 0, 0)
+    return dx_TD, dgates_TK.view(gates_TK.shape).to(gates_TK.dtype), new

@@ -1,0 +1,38 @@
+# pyright: basic
+"""(token, expert) pairs sorted by expert, by torch; `device.routing` does the same in one to three launches.
+
+T tokens, K experts per token, P = T * K pairs, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """The pairs of a call, sorted by expert. Padding has no place, and entries past the last pair hold anything."""
+
+    pair_P: Tensor
+    """Position t * K + k of each sorted pair."""
+    place_P: Tensor
+    """Where pair t * K + k went; -1 for padding."""
+    end_E: Tensor
+    """int32, where each expert's pairs end."""
+
+
+def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:
+    """Stable sort by expert; ids outside 0..n_experts-1 are padding."""
+    padding_P = ((expert_ids_TK < 0) | (expert_ids_TK >= n_experts)).view(-1)
+    key_P, pair_P = torch.sort(expert_ids_TK.reshape(-1).masked_fill(padding_P, n_experts), stable=True)
+    expert_E = torch.arange(n_experts, device=key_P.device, dtype=key_P.dtype)
+    place_P = torch.empty_like(pair_P)
+    place_P[pair_P] = torch.arange(pair_P.numel(), device=pair_P.device)
+    return Routing(
+        pair_P=pair_P,
+        place_P=place_P.masked_fill_(padding_P, -1),
+        end_E=torch.searchsorted(key_P, expert_E, right=True, out_int32=True),
+    )

@@ -58,11 +58,15 @@ def _matrix(x_RD: Tensor, encoding: Encoding) -> tensor_pb2.Matrix:
     return tensor_pb2.Matrix(rows=rows, cols=cols, encoding=_number(encoding))
 
 
-def _routing(rows: RoutedRows) -> list[tuple[int, Tensor]]:
+def _packed(values: Tensor, dtype: str) -> memoryview:
+    return np.ascontiguousarray(values.detach().numpy(), dtype).data
+
+
+def _routing(rows: RoutedRows) -> list[tuple[int, memoryview]]:
     return [
-        (EXPERTS_PER_ROW, rows.experts_per_row_R.to(torch.int32)),
-        (EXPERT_INDEX, rows.expert_index_P.to(torch.int32)),
-        (GATE, rows.gate_P.to(torch.float32)),
+        (EXPERTS_PER_ROW, _packed(rows.experts_per_row_R, "<i4")),
+        (EXPERT_INDEX, _packed(rows.expert_index_P, "<i4")),
+        (GATE, _packed(rows.gate_P, "<f4")),
     ]
 
 
@@ -125,7 +129,7 @@ def encode_backward_answer(answer: BackwardAnswer) -> bytes:
         version=[answer.versions[index] for index in ran],
         timing=_timing(answer.queue_us, answer.compute_us),
     )
-    arrays = [(GATE_GRAD, answer.gate_grad_P.to(torch.float32))]
+    arrays = [(GATE_GRAD, _packed(answer.gate_grad_P, "<f4"))]
     return join(header, arrays, [(LAST_DATA, compress.encode(answer.dx_RD, answer.encoding))])
 
 

@@ -15,10 +15,8 @@ from typing import TypeVar
 import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
-from torch import Tensor
 
 from moe_net.errors import LimitError, WireError
-from moe_net.wire.compress import memory_of
 from moe_net.wire.validate import Limits, check_message_bytes
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -46,12 +44,11 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def join(header: Message, arrays: Sequence[tuple[int, Tensor]], tensors: Sequence[tuple[int, memoryview]]) -> bytes:
+def join(header: Message, arrays: Sequence[tuple[int, memoryview]], tensors: Sequence[tuple[int, memoryview]]) -> bytes:
     """One message: the fields of `header`, then by field number the `arrays` (4-byte values, packed) and `tensors`."""
     parts: list[bytes | memoryview] = [header.SerializeToString()]
     position = len(parts[0])
-    for number, values in arrays:
-        view = memory_of(values.detach().contiguous())
+    for number, view in arrays:
         tag = bytes((number << 3 | LENGTH_DELIMITED,)) + _varint(view.nbytes)
         parts += (tag, view)
         position += len(tag) + view.nbytes
@@ -94,10 +91,12 @@ def walk(data: memoryview, limits: Limits, kind: type[Message]) -> Iterator[tupl
     end, size = 0, len(data)
     while end < size:
         start = end
-        try:
-            tag, value = _read_varint(data, start)
-        except _BadVarint as error:
-            raise WireError(f"{kind.__name__}: tag at byte {start}: {error}") from error
+        tag, value = data[start], start + 1
+        if tag > 0x7F:  # not of our fields: their numbers are below 16
+            try:
+                tag, value = _read_varint(data, start)
+            except _BadVarint as error:
+                raise WireError(f"{kind.__name__}: tag at byte {start}: {error}") from error
         number, wire_type = tag >> 3, tag & 7
         if number == 0:
             raise WireError(f"{kind.__name__}: tag at byte {start}: field number 0")
@@ -152,8 +151,8 @@ def take_apart(
     view = memoryview(data)
     check_message_bytes(view.nbytes, limits)
     chunks: dict[int, list[memoryview]] = {number: [] for number in (*arrays, *tensors)}
-    spans: list[tuple[int, int, int]] = []
-    header_bytes = 0
+    header: list[memoryview] = []
+    run_start = run_end = header_bytes = 0
     for n_walked, (number, wire_type, start, value, end) in enumerate(walk(view, limits, kind)):
         if wire_type in (START_GROUP, END_GROUP) or n_walked == MAX_WALKED_FIELDS:
             return _take_apart_stock(kind, view, limits, arrays, tensors)
@@ -164,20 +163,25 @@ def take_apart(
                 raise WireError(f"{_name(kind, number)}: {end - value} bytes are no array of 4 bytes each")
             chunks[number].append(view[value:end])  # unpacked: each value is a chunk
         else:
-            spans.append((number, start, end))
             header_bytes += end - start
+            if start != run_end:  # fields side by side are one piece
+                header.append(view[run_start:run_end])
+                run_start = start
+            run_end = end
+    header.append(view[run_start:run_end])
     if header_bytes > MAX_HEADER_BYTES:
         raise LimitError(
             f"{kind.__name__}: {header_bytes} bytes besides arrays and tensors, the limit is {MAX_HEADER_BYTES}"
         )
     try:
-        header = parse(kind, b"".join([view[start:end] for _, start, end in spans]), kind.__name__)
+        message = parse(kind, b"".join(header), kind.__name__)
     except WireError:
-        for number, start, end in spans:  # which field was it?
-            parse(kind, bytes(view[start:end]), _name(kind, number))
+        for number, wire_type, start, _, end in walk(view, limits, kind):  # which field was it?
+            if number not in chunks or wire_type not in (LENGTH_DELIMITED, FIXED32):
+                parse(kind, bytes(view[start:end]), _name(kind, number))
         raise
     views = {number: parts[0] if len(parts) == 1 else memoryview(b"".join(parts)) for number, parts in chunks.items()}
-    return header, views
+    return message, views
 
 
 def _take_apart_stock(

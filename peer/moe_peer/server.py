@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Self, TypeVar
 
@@ -189,59 +189,43 @@ class ExpertServer:
         await self._stack.aclose()
 
     def _handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
-        def unary(method: Callable[[bytes, Context], Any]) -> grpc.RpcMethodHandler[Any, Any]:
-            # No (de)serialiser: raw bytes in, raw bytes out.
-            return grpc.unary_unary_rpc_method_handler(method)
-
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "Info": unary(self._info),
-                "Forward": unary(self._forward),
-                "Backward": unary(self._backward),
-                "Commit": unary(self._commit),
-                "Fetch": grpc.unary_stream_rpc_method_handler(self._fetch),
-                "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
-            },
-        )
+        unary = {"Info": self._info, "Forward": self._forward, "Backward": self._backward, "Commit": self._commit}
+        # No (de)serialiser: raw bytes in, raw bytes out.
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            name: grpc.unary_unary_rpc_method_handler(self._answering(name, method)) for name, method in unary.items()
+        }
+        handlers["Fetch"] = grpc.unary_stream_rpc_method_handler(self._answering("Fetch", self._fetch))
+        handlers["Exchange"] = grpc.stream_stream_rpc_method_handler(self._answering("Exchange", self._exchange))
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def _forward(self, raw: bytes, context: Context) -> bytes:
-        async with self._answering(context, "Forward"):
-            with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
-                call = await self._sized(len(raw), self._read_forward, raw)
-            answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
-            return await self._sized(answer.y_RD.nbytes, codec.encode_forward_answer, answer)
-        raise AssertionError("unreachable: _answering does not swallow")
+        with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
+            call = await self._sized(len(raw), self._read_forward, raw)
+        answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
+        return await self._sized(answer.y_RD.nbytes, codec.encode_forward_answer, answer)
 
     async def _backward(self, raw: bytes, context: Context) -> bytes:
-        async with self._answering(context, "Backward"):
-            with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
-                call = await self._sized(len(raw), self._read_backward, raw)
-            answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
-            return await self._sized(answer.dx_RD.nbytes, codec.encode_backward_answer, answer)
-        raise AssertionError("unreachable: _answering does not swallow")
+        with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
+            call = await self._sized(len(raw), self._read_backward, raw)
+        answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
+        return await self._sized(answer.dx_RD.nbytes, codec.encode_backward_answer, answer)
 
-    async def _commit(self, raw: bytes, context: Context) -> bytes:
-        async with self._answering(context, "Commit"):
-            call = codec.decode_commit_call(raw)
-            # Once begun it is applied whole, whether or not the caller is still there to hear of it.
-            return codec.encode_commit_answer(await self._device.run(self._host.commit, call))
-        raise AssertionError("unreachable: _answering does not swallow")
+    async def _commit(self, raw: bytes, _context: Context) -> bytes:
+        call = codec.decode_commit_call(raw)
+        # Once begun it is applied whole, whether or not the caller is still there to hear of it.
+        return codec.encode_commit_answer(await self._device.run(self._host.commit, call))
 
-    async def _info(self, raw: bytes, context: Context) -> bytes:
-        async with self._answering(context, "Info"):
-            return (await self._device.run(self._describe)).SerializeToString()
-        raise AssertionError("unreachable: _answering does not swallow")
+    async def _info(self, _raw: bytes, _context: Context) -> bytes:
+        return (await self._device.run(self._describe)).SerializeToString()
 
     async def _fetch(self, raw: bytes, context: Context) -> None:
-        async with self._answering(context, "Fetch"):
-            with self._fetches.one():
-                layer, indices = codec.decode_fetch_call(raw, self._limits)
-                taker = _peer_id_of(context)
-                state = await self._device.run(self._copy_state, layer, indices, taker)
-                data, digest = await asyncio.to_thread(_pack, state, self._run.name, self._host)
-                del state
-                await self._send_file(data, digest, context)
+        with self._fetches.one():
+            layer, indices = codec.decode_fetch_call(raw, self._limits)
+            taker = _peer_id_of(context)
+            state = await self._device.run(self._copy_state, layer, indices, taker)
+            data, digest = await asyncio.to_thread(_pack, state, self._run.name, self._host)
+            del state
+            await self._send_file(data, digest, context)
 
     async def _send_file(self, data: bytes, digest: bytes, context: Context) -> None:
         """TimeoutError when its receiver is too slow (see the constants above)."""
@@ -264,8 +248,7 @@ class ExpertServer:
         return state
 
     async def _exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        async with self._answering(context, "Exchange"):
-            await self.replicator.answer(requests, context.write, limit_s=context.time_remaining())
+        await self.replicator.answer(requests, context.write, limit_s=context.time_remaining())
 
     async def _sized(self, n_bytes: int, work: Callable[[InT], OutT], value: InT) -> OutT:
         """`work(value)`, here when small, on the codec's thread when it would hold up the loop."""
@@ -305,22 +288,28 @@ class ExpertServer:
             max_message_bytes=self._limits.max_message_bytes,
         )
 
-    @asynccontextmanager
-    async def _answering(self, context: Context, method: str) -> AsyncGenerator[None]:
-        """The one place where errors become statuses."""
-        try:
-            yield
-        except REFUSALS as error:
-            code = next(code for kind, code in STATUS_OF if isinstance(error, kind))
-            trailing: tuple[tuple[str, str], ...] = ()
-            if isinstance(error, BusyError):
-                # Also when it was something else that is full: it is what a call here costs now.
-                queue_s = error.queue_s or self._batcher.expected_wait_s
-                trailing = ((QUEUE_US_KEY, str(int(queue_s * 1e6))),)
-            await context.abort(code, str(error) or type(error).__name__, trailing)
-        except OUR_BUGS as error:
-            log.exception("%s failed by a bug of ours", method)
-            await context.abort(grpc.StatusCode.INTERNAL, f"{method} failed by a bug of ours: {type(error).__name__}")
+    def _answering(
+        self, name: str, method: Callable[[InT, Context], Awaitable[OutT]]
+    ) -> Callable[[InT, Context], Awaitable[OutT]]:
+        """`method`, whose errors become statuses: here, and nowhere else."""
+
+        async def answer(request: InT, context: Context) -> OutT:
+            try:
+                return await method(request, context)
+            except REFUSALS as error:
+                code = next(code for kind, code in STATUS_OF if isinstance(error, kind))
+                trailing: tuple[tuple[str, str], ...] = ()
+                if isinstance(error, BusyError):
+                    # Also when it was something else that is full: it is what a call here costs now.
+                    queue_s = error.queue_s or self._batcher.expected_wait_s
+                    trailing = ((QUEUE_US_KEY, str(int(queue_s * 1e6))),)
+                await context.abort(code, str(error) or type(error).__name__, trailing)
+            except OUR_BUGS as error:
+                log.exception("%s failed by a bug of ours", name)
+                await context.abort(grpc.StatusCode.INTERNAL, f"{name} failed by a bug of ours: {type(error).__name__}")
+            raise AssertionError("unreachable: abort does not return")
+
+        return answer
 
     @classmethod
     @asynccontextmanager

@@ -108,7 +108,7 @@ def print_profile(found: list[Contestant]) -> None:
             "TCP": tcp_s,
             "gRPC (raw bytes, without the copy into them, minus TCP)": raw_s - copy_s - tcp_s,
             **parts,
-            "the rest: queue and device thread of the server": ours_s - raw_s + copy_s - sum(parts.values()),
+            "the rest: the server's queue, less what pieces save": ours_s - raw_s + copy_s - sum(parts.values()),
             "all": ours_s,
             "(one copy of the payload)": copy_s,
             "(one check that the payload is finite)": finite_s,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -23,6 +23,7 @@ from moe_net.rpc.served import note_served
 from moe_net.types import ExpertShape, PeerInfo
 from moe_net.wire import codec
 from moe_net.wire.exchange import ChunkReader, ExchangeHead, write_chunks
+from moe_net.wire.framing import Parts
 from moe_net.wire.messages import (
     BackwardAnswer,
     BackwardCall,
@@ -31,6 +32,7 @@ from moe_net.wire.messages import (
     ForwardAnswer,
     ForwardCall,
 )
+from moe_net.wire.pieces import IN_PIECES_BYTES, PieceReader, cut
 from moe_net.wire.snapshot import pack, unpack
 from moe_net.wire.state import check_state, max_state_bytes
 from moe_net.wire.validate import Limits
@@ -113,26 +115,52 @@ class GrpcTransport:
                 name: channel.unary_unary(SERVICE + name, None, None)
                 for name in ("Forward", "Backward", "Commit", "Info")
             }
+            for name in ("ForwardInPieces", "BackwardInPieces"):
+                methods[name] = channel.stream_stream(SERVICE + name, None, None)
             methods["Fetch"] = channel.unary_stream(SERVICE + "Fetch", None, None)
             methods["Exchange"] = channel.stream_stream(SERVICE + "Exchange", None, None)
             link = self._links[address] = _Link(channel, methods)
         return link
 
     async def _call(
-        self, peer: PeerInfo, method: str, request: bytes, read: Callable[[bytes], AnswerT], timeout_s: float
-    ) -> AnswerT:
+        self, peer: PeerInfo, method: str, request: Parts, read: Callable[[bytes | memoryview], AnswerT],
+        timeout_s: float,
+    ) -> AnswerT:  # fmt: skip
         self.traffic.calls += 1
-        self.traffic.sent_bytes += len(request)
-        call = self._link(peer.address).methods[method]
-        reply = await _answer(peer, cast("Awaitable[bytes]", call(request, timeout=timeout_s)))
-        self.traffic.received_bytes += len(reply)
+        exchange = self._whole if sum(map(len, request)) <= IN_PIECES_BYTES else self._in_pieces
         try:
-            return read(reply)
+            return read(await exchange(peer, method, request, timeout_s))
         except WireError as error:
             raise CallError(CallFailure.REFUSED, peer.peer_id, f"unreadable answer to {method}: {error}") from error
 
+    async def _whole(self, peer: PeerInfo, method: str, request: Parts, timeout_s: float) -> bytes:
+        whole = b"".join(request)
+        self.traffic.sent_bytes += len(whole)
+        call = self._link(peer.address).methods[method]
+        reply = await _answer(peer, cast("Awaitable[bytes]", call(whole, timeout=timeout_s)))
+        self.traffic.received_bytes += len(reply)
+        return reply
+
+    async def _in_pieces(self, peer: PeerInfo, method: str, request: Parts, timeout_s: float) -> memoryview:
+        """As `_whole`; WireError, too, when the pieces of the reply do not fit."""
+
+        def pieces() -> Iterator[bytes]:
+            for piece in cut(request):
+                self.traffic.sent_bytes += len(piece)
+                yield piece
+
+        stream = self._link(peer.address).methods[method + "InPieces"](pieces(), timeout=timeout_s)
+        reader = PieceReader(self._limits)
+        try:
+            while raw := await _answer(peer, cast("Awaitable[bytes]", stream.read())):  # empty: grpc.aio.EOF
+                self.traffic.received_bytes += len(raw)
+                reader.feed(raw)
+            return reader.finish()
+        finally:
+            stream.cancel()  # nothing, unless we left before its end
+
     async def forward(self, peer: PeerInfo, call: ForwardCall, *, timeout_s: float) -> ForwardAnswer:
-        request = codec.encode_forward_call(call)
+        request = codec.forward_call_parts(call)
         answer = await self._call(
             peer, "Forward", request, lambda data: codec.decode_forward_answer(data, self._limits), timeout_s
         )
@@ -142,7 +170,7 @@ class GrpcTransport:
         return answer
 
     async def backward(self, peer: PeerInfo, call: BackwardCall, *, timeout_s: float) -> BackwardAnswer:
-        request = codec.encode_backward_call(call)
+        request = codec.backward_call_parts(call)
         answer = await self._call(
             peer, "Backward", request, lambda data: codec.decode_backward_answer(data, self._limits), timeout_s
         )
@@ -151,12 +179,12 @@ class GrpcTransport:
         return answer
 
     async def commit(self, peer: PeerInfo, call: CommitCall, *, timeout_s: float) -> CommitAnswer:
-        return await self._call(peer, "Commit", codec.encode_commit_call(call), codec.decode_commit_answer, timeout_s)
+        return await self._call(peer, "Commit", [codec.encode_commit_call(call)], codec.decode_commit_answer, timeout_s)
 
     async def info(self, peer: PeerInfo, *, timeout_s: float) -> expert_pb2.InfoReply:
         """What the peer says of itself now."""
         request = expert_pb2.InfoRequest().SerializeToString()
-        return await self._call(peer, "Info", request, codec.decode_info, timeout_s)
+        return await self._call(peer, "Info", [request], codec.decode_info, timeout_s)
 
     async def ping(self, peer: PeerInfo, *, timeout_s: float) -> None:
         await self.info(peer, timeout_s=timeout_s)

@@ -22,7 +22,7 @@ from moe_net.errors import WireError
 from moe_net.proto.v1 import expert_pb2, tensor_pb2
 from moe_net.types import Encoding
 from moe_net.wire import compress
-from moe_net.wire.framing import join, take_apart
+from moe_net.wire.framing import Parts, lay_out, take_apart
 from moe_net.wire.messages import (
     BackwardAnswer,
     BackwardCall,
@@ -59,7 +59,7 @@ def _matrix(x_RD: Tensor, encoding: Encoding) -> tensor_pb2.Matrix:
 
 
 def _packed(values: Tensor, dtype: str) -> memoryview:
-    return np.ascontiguousarray(values.detach().numpy(), dtype).data
+    return compress.array_memory(np.ascontiguousarray(values.detach().numpy(), dtype))
 
 
 def _routing(rows: RoutedRows) -> list[tuple[int, memoryview]]:
@@ -75,6 +75,11 @@ def _timing(queue_us: int, compute_us: int) -> expert_pb2.Timing:
 
 
 def encode_forward_call(call: ForwardCall) -> bytes:
+    """The message in one piece."""
+    return b"".join(forward_call_parts(call))
+
+
+def forward_call_parts(call: ForwardCall) -> Parts:
     """A ForwardRequest; `rows.x_RD` in `call.encoding`."""
     header = expert_pb2.ForwardRequest(
         call_id=call.call_id,
@@ -85,10 +90,15 @@ def encode_forward_call(call: ForwardCall) -> bytes:
         reply_encoding=_number(call.reply_encoding),
         x=_matrix(call.rows.x_RD, call.encoding),
     )
-    return join(header, _routing(call.rows), [(LAST_DATA, compress.encode(call.rows.x_RD, call.encoding))])
+    return lay_out(header, _routing(call.rows), [(LAST_DATA, compress.encode(call.rows.x_RD, call.encoding))])
 
 
 def encode_forward_answer(answer: ForwardAnswer) -> bytes:
+    """The message in one piece."""
+    return b"".join(forward_answer_parts(answer))
+
+
+def forward_answer_parts(answer: ForwardAnswer) -> Parts:
     """A ForwardReply; `y_RD` in `answer.encoding`."""
     ran = sorted(answer.versions)
     header = expert_pb2.ForwardReply(
@@ -98,10 +108,15 @@ def encode_forward_answer(answer: ForwardAnswer) -> bytes:
         version=[answer.versions[index] for index in ran],
         timing=_timing(answer.queue_us, answer.compute_us),
     )
-    return join(header, (), [(LAST_DATA, compress.encode(answer.y_RD, answer.encoding))])
+    return lay_out(header, (), [(LAST_DATA, compress.encode(answer.y_RD, answer.encoding))])
 
 
 def encode_backward_call(call: BackwardCall) -> bytes:
+    """The message in one piece."""
+    return b"".join(backward_call_parts(call))
+
+
+def backward_call_parts(call: BackwardCall) -> Parts:
     """A BackwardRequest; `grad_RD` and, where `rows` are sent again, `rows.x_RD` in `call.encoding`."""
     header = expert_pb2.BackwardRequest(
         call_id=call.call_id,
@@ -113,13 +128,18 @@ def encode_backward_call(call: BackwardCall) -> bytes:
     )
     tensors = [(LAST_DATA, compress.encode(call.grad_RD, call.encoding))]
     if call.rows is None:
-        return join(header, (), tensors)
+        return lay_out(header, (), tensors)
     header.x.CopyFrom(_matrix(call.rows.x_RD, call.encoding))
     tensors.insert(0, (BACKWARD_X_DATA, compress.encode(call.rows.x_RD, call.encoding)))
-    return join(header, _routing(call.rows), tensors)
+    return lay_out(header, _routing(call.rows), tensors)
 
 
 def encode_backward_answer(answer: BackwardAnswer) -> bytes:
+    """The message in one piece."""
+    return b"".join(backward_answer_parts(answer))
+
+
+def backward_answer_parts(answer: BackwardAnswer) -> Parts:
     """A BackwardReply; `dx_RD` in `answer.encoding`, `gate_grad_P` always fp32."""
     ran = sorted(answer.versions)
     header = expert_pb2.BackwardReply(
@@ -130,7 +150,7 @@ def encode_backward_answer(answer: BackwardAnswer) -> bytes:
         timing=_timing(answer.queue_us, answer.compute_us),
     )
     arrays = [(GATE_GRAD, _packed(answer.gate_grad_P, "<f4"))]
-    return join(header, arrays, [(LAST_DATA, compress.encode(answer.dx_RD, answer.encoding))])
+    return lay_out(header, arrays, [(LAST_DATA, compress.encode(answer.dx_RD, answer.encoding))])
 
 
 def encode_commit_call(call: CommitCall) -> bytes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -77,7 +78,11 @@ def memory_of(values: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor that needs no gradient, not copied."""
     if values.dtype is torch.bfloat16:  # numpy has none
         values = values.view(torch.int16)
-    array = values.numpy()
+    return array_memory(values.numpy())
+
+
+def array_memory(array: npt.NDArray[Any]) -> memoryview:
+    """The bytes of a contiguous array, not copied."""
     return array.data.cast("B") if array.size else memoryview(b"")
 
 

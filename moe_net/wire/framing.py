@@ -1,10 +1,11 @@
 """Protobuf's wire format around big arrays: everything but them is protobuf's own work.
 
 Writing: protobuf writes the small fields; arrays and tensors are put behind it by hand, each as tag, length, memory,
-all joined once. A `padding` field of 2 to 17 bytes makes tensors start at a multiple of 16 within the message, and so
-in memory: CPython puts the content of `bytes` at a multiple of 16. Reading: one walk over the top-level fields finds
-arrays and tensors as views of the message, protobuf reads the rest. So it takes whatever a protobuf library
-writes, and any protobuf library reads it. https://protobuf.dev/programming-guides/encoding/
+all joined once, or cut into pieces (pieces.py). A `padding` field of 2 to 17 bytes makes tensors start at a multiple of
+16 within the message, and so in memory: CPython puts the content of `bytes` at a multiple of 16, numpy that of arrays.
+Reading: one walk over the top-level fields finds arrays and tensors as views of the message, protobuf reads the rest.
+So it takes whatever a protobuf library writes, and any protobuf library reads it.
+https://protobuf.dev/programming-guides/encoding/
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from moe_net.errors import LimitError, WireError
 from moe_net.wire.validate import Limits, check_message_bytes
 
 MessageT = TypeVar("MessageT", bound=Message)
+Parts = Sequence[bytes | memoryview]
+"""What, joined, is a message: small fields written out, arrays and tensors as views of their memory as bytes."""
 
 # The same number in each message of expert.proto. Its numbers are all below 16, so a tag is one byte.
 PADDING = 10
@@ -35,7 +38,7 @@ MAX_WALKED_FIELDS = 4096
 STOCK_GROWTH = 8
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -44,22 +47,24 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def join(header: Message, arrays: Sequence[tuple[int, memoryview]], tensors: Sequence[tuple[int, memoryview]]) -> bytes:
+def lay_out(
+    header: Message, arrays: Sequence[tuple[int, memoryview]], tensors: Sequence[tuple[int, memoryview]]
+) -> Parts:
     """One message: the fields of `header`, then by field number the `arrays` (4-byte values, packed) and `tensors`."""
     parts: list[bytes | memoryview] = [header.SerializeToString()]
     position = len(parts[0])
     for number, view in arrays:
-        tag = bytes((number << 3 | LENGTH_DELIMITED,)) + _varint(view.nbytes)
+        tag = bytes((number << 3 | LENGTH_DELIMITED,)) + varint(view.nbytes)
         parts += (tag, view)
         position += len(tag) + view.nbytes
     for number, view in tensors:
-        tag = bytes((number << 3 | LENGTH_DELIMITED,)) + _varint(view.nbytes)
+        tag = bytes((number << 3 | LENGTH_DELIMITED,)) + varint(view.nbytes)
         if (position + len(tag)) % ALIGNMENT:
             n_zeros = -(position + 2 + len(tag)) % ALIGNMENT
             tag = bytes((PADDING << 3 | LENGTH_DELIMITED, n_zeros)) + bytes(n_zeros) + tag
         parts += (tag, view)
         position += len(tag) + view.nbytes
-    return b"".join(parts)
+    return parts
 
 
 class _BadVarint(Exception):

@@ -22,6 +22,7 @@ import hashlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -43,7 +44,9 @@ from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.grpc_client import PEER_ID_KEY, QUEUE_US_KEY, channel_options
 from moe_net.wire import codec
 from moe_net.wire.exchange import CHUNK_BYTES
-from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
+from moe_net.wire.framing import Parts
+from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
+from moe_net.wire.pieces import PieceReader, cut
 from moe_net.wire.snapshot import pack
 from moe_net.wire.validate import MAX_TRAINER_BYTES, Limits, check_rows
 from moe_peer.batcher import Batcher
@@ -57,7 +60,8 @@ SERVICE = "moe_net.v1.ExpertService"
 MAX_FETCHES = 2
 """At once: each holds its layer's state twice, as tensors and as a file."""
 CHUNK_TIMEOUT_S = 30.0
-"""For a chunk of Fetch to be taken. Who does not read must not hold one of the few places."""
+"""For a chunk of Fetch to be taken, or a piece of a call to come or be taken. Who does neither must not hold one of the
+few places."""
 MIN_FETCH_BYTES_PER_S = 64 * 1024
 """Nor who reads a little now and then: half a megabit per second."""
 MAX_CONNECTION_AGE_S = 1800
@@ -189,26 +193,68 @@ class ExpertServer:
         await self._stack.aclose()
 
     def _handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
-        unary = {"Info": self._info, "Forward": self._forward, "Backward": self._backward, "Commit": self._commit}
+        unary: dict[str, Callable[[bytes, Context], Awaitable[bytes]]] = {
+            "Info": self._info,
+            "Forward": partial(self._forward, write=codec.encode_forward_answer),
+            "Backward": partial(self._backward, write=codec.encode_backward_answer),
+            "Commit": self._commit,
+        }
         # No (de)serialiser: raw bytes in, raw bytes out.
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             name: grpc.unary_unary_rpc_method_handler(self._answering(name, method)) for name, method in unary.items()
         }
+        in_pieces: dict[str, Callable[[memoryview, Context], Awaitable[Parts]]] = {
+            "ForwardInPieces": partial(self._forward, write=codec.forward_answer_parts),
+            "BackwardInPieces": partial(self._backward, write=codec.backward_answer_parts),
+        }
+        for name, method in in_pieces.items():
+            handler = self._answering(name, partial(self._in_pieces, method))
+            handlers[name] = grpc.stream_stream_rpc_method_handler(handler)
         handlers["Fetch"] = grpc.unary_stream_rpc_method_handler(self._answering("Fetch", self._fetch))
         handlers["Exchange"] = grpc.stream_stream_rpc_method_handler(self._answering("Exchange", self._exchange))
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    async def _forward(self, raw: bytes, context: Context) -> bytes:
+    async def _forward(
+        self, raw: bytes | memoryview, context: Context, *, write: Callable[[ForwardAnswer], OutT]
+    ) -> OutT:
         with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
             call = await self._sized(len(raw), self._read_forward, raw)
         answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
-        return await self._sized(answer.y_RD.nbytes, codec.encode_forward_answer, answer)
+        return await self._sized(answer.y_RD.nbytes, write, answer)
 
-    async def _backward(self, raw: bytes, context: Context) -> bytes:
+    async def _backward(
+        self, raw: bytes | memoryview, context: Context, *, write: Callable[[BackwardAnswer], OutT]
+    ) -> OutT:
         with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
             call = await self._sized(len(raw), self._read_backward, raw)
         answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
-        return await self._sized(answer.dx_RD.nbytes, codec.encode_backward_answer, answer)
+        return await self._sized(answer.dx_RD.nbytes, write, answer)
+
+    async def _in_pieces(
+        self, method: Callable[[memoryview, Context], Awaitable[Parts]], _requests: AsyncIterator[bytes],
+        context: Context,
+    ) -> None:  # fmt: skip
+        """`method` for a message that comes, and whose answer goes, in pieces.
+
+        Until it is whole it is counted by gRPC's limit of calls alone, as one that comes in one piece.
+        """
+
+        def admit(n_bytes: int) -> None:  # now, not when its bytes have been sent in vain
+            self._batcher.check_room(n_bytes, timeout_s=context.time_remaining())
+
+        reader = PieceReader(self._limits, admit)
+        while raw := await self._in_time(context.read()):  # empty: grpc.aio.EOF
+            reader.feed(raw)
+        for piece in cut(await method(reader.finish(), context)):
+            await self._in_time(context.write(piece))
+
+    async def _in_time(self, step: Awaitable[OutT]) -> OutT:
+        """TimeoutError for who neither sends nor reads, as in `_send_file`."""
+        try:
+            async with asyncio.timeout(self._chunk_timeout_s):
+                return await step
+        except TimeoutError:
+            raise TimeoutError(f"no piece came, or was taken, for {self._chunk_timeout_s:.0f} s") from None
 
     async def _commit(self, raw: bytes, _context: Context) -> bytes:
         call = codec.decode_commit_call(raw)
@@ -254,12 +300,12 @@ class ExpertServer:
         """`work(value)`, here when small, on the codec's thread when it would hold up the loop."""
         return work(value) if n_bytes <= INLINE_BYTES else await self._codec.run(work, value)
 
-    def _read_forward(self, raw: bytes) -> ForwardCall:
+    def _read_forward(self, raw: bytes | memoryview) -> ForwardCall:
         call = codec.decode_forward_call(raw, self._limits)
         self._check_inputs(call.layer, call.rows)
         return call
 
-    def _read_backward(self, raw: bytes) -> BackwardCall:
+    def _read_backward(self, raw: bytes | memoryview) -> BackwardCall:
         call = codec.decode_backward_call(raw, self._limits)
         if call.rows is not None:
             self._check_inputs(call.layer, call.rows)

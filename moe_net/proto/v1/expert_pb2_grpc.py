@@ -47,10 +47,20 @@ class ExpertServiceStub:
                 request_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ForwardRequest.SerializeToString,
                 response_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ForwardReply.FromString,
                 _registered_method=True)
+        self.ForwardInPieces = channel.stream_stream(
+                '/moe_net.v1.ExpertService/ForwardInPieces',
+                request_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.SerializeToString,
+                response_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.FromString,
+                _registered_method=True)
         self.Backward = channel.unary_unary(
                 '/moe_net.v1.ExpertService/Backward',
                 request_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.BackwardRequest.SerializeToString,
                 response_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.BackwardReply.FromString,
+                _registered_method=True)
+        self.BackwardInPieces = channel.stream_stream(
+                '/moe_net.v1.ExpertService/BackwardInPieces',
+                request_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.SerializeToString,
+                response_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.FromString,
                 _registered_method=True)
         self.Commit = channel.unary_unary(
                 '/moe_net.v1.ExpertService/Commit',
@@ -89,8 +99,22 @@ class ExpertServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForwardInPieces(self, request_iterator, context):
+        """A ForwardRequest and its ForwardReply, each as the pieces of its bytes: faster for large ones.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Backward(self, request, context):
         """Gradients of an earlier Forward. FAILED_PRECONDITION: the inputs are gone, send them along.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BackwardInPieces(self, request_iterator, context):
+        """A BackwardRequest and its BackwardReply in pieces.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,10 +154,20 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     request_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ForwardRequest.FromString,
                     response_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ForwardReply.SerializeToString,
             ),
+            'ForwardInPieces': grpc.stream_stream_rpc_method_handler(
+                    servicer.ForwardInPieces,
+                    request_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.FromString,
+                    response_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.SerializeToString,
+            ),
             'Backward': grpc.unary_unary_rpc_method_handler(
                     servicer.Backward,
                     request_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.BackwardRequest.FromString,
                     response_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.BackwardReply.SerializeToString,
+            ),
+            'BackwardInPieces': grpc.stream_stream_rpc_method_handler(
+                    servicer.BackwardInPieces,
+                    request_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.FromString,
+                    response_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.SerializeToString,
             ),
             'Commit': grpc.unary_unary_rpc_method_handler(
                     servicer.Commit,
@@ -219,6 +253,33 @@ class ExpertService:
             _registered_method=True)
 
     @staticmethod
+    def ForwardInPieces(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/moe_net.v1.ExpertService/ForwardInPieces',
+            moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.SerializeToString,
+            moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Backward(request,
             target,
             options=(),
@@ -235,6 +296,33 @@ class ExpertService:
             '/moe_net.v1.ExpertService/Backward',
             moe__net_dot_proto_dot_v1_dot_expert__pb2.BackwardRequest.SerializeToString,
             moe__net_dot_proto_dot_v1_dot_expert__pb2.BackwardReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BackwardInPieces(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/moe_net.v1.ExpertService/BackwardInPieces',
+            moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.SerializeToString,
+            moe__net_dot_proto_dot_v1_dot_expert__pb2.Piece.FromString,
             options,
             channel_credentials,
             insecure,

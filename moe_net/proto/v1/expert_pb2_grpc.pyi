@@ -40,8 +40,12 @@ class ExpertServiceStub:
     """Who this is and what it hosts."""
     Forward: _grpc.UnaryUnaryMultiCallable[_expert_pb2.ForwardRequest, _expert_pb2.ForwardReply]
     """All rows of one layer for this server: one partial sum per row comes back."""
+    ForwardInPieces: _grpc.StreamStreamMultiCallable[_expert_pb2.Piece, _expert_pb2.Piece]
+    """A ForwardRequest and its ForwardReply, each as the pieces of its bytes: faster for large ones."""
     Backward: _grpc.UnaryUnaryMultiCallable[_expert_pb2.BackwardRequest, _expert_pb2.BackwardReply]
     """Gradients of an earlier Forward. FAILED_PRECONDITION: the inputs are gone, send them along."""
+    BackwardInPieces: _grpc.StreamStreamMultiCallable[_expert_pb2.Piece, _expert_pb2.Piece]
+    """A BackwardRequest and its BackwardReply in pieces."""
     Commit: _grpc.UnaryUnaryMultiCallable[_expert_pb2.CommitRequest, _expert_pb2.CommitReply]
     """The gradients of a trainer's step are complete."""
     Fetch: _grpc.UnaryStreamMultiCallable[_expert_pb2.FetchRequest, _expert_pb2.FetchChunk]
@@ -61,8 +65,12 @@ class ExpertServiceAsyncStub(ExpertServiceStub):
     """Who this is and what it hosts."""
     Forward: _aio.UnaryUnaryMultiCallable[_expert_pb2.ForwardRequest, _expert_pb2.ForwardReply]  # type: ignore[assignment]
     """All rows of one layer for this server: one partial sum per row comes back."""
+    ForwardInPieces: _aio.StreamStreamMultiCallable[_expert_pb2.Piece, _expert_pb2.Piece]  # type: ignore[assignment]
+    """A ForwardRequest and its ForwardReply, each as the pieces of its bytes: faster for large ones."""
     Backward: _aio.UnaryUnaryMultiCallable[_expert_pb2.BackwardRequest, _expert_pb2.BackwardReply]  # type: ignore[assignment]
     """Gradients of an earlier Forward. FAILED_PRECONDITION: the inputs are gone, send them along."""
+    BackwardInPieces: _aio.StreamStreamMultiCallable[_expert_pb2.Piece, _expert_pb2.Piece]  # type: ignore[assignment]
+    """A BackwardRequest and its BackwardReply in pieces."""
     Commit: _aio.UnaryUnaryMultiCallable[_expert_pb2.CommitRequest, _expert_pb2.CommitReply]  # type: ignore[assignment]
     """The gradients of a trainer's step are complete."""
     Fetch: _aio.UnaryStreamMultiCallable[_expert_pb2.FetchRequest, _expert_pb2.FetchChunk]  # type: ignore[assignment]
@@ -93,12 +101,28 @@ class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
         """All rows of one layer for this server: one partial sum per row comes back."""
 
     @_abc_1.abstractmethod
+    def ForwardInPieces(
+        self,
+        request_iterator: _MaybeAsyncIterator[_expert_pb2.Piece],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_expert_pb2.Piece], _abc.AsyncIterator[_expert_pb2.Piece]]:
+        """A ForwardRequest and its ForwardReply, each as the pieces of its bytes: faster for large ones."""
+
+    @_abc_1.abstractmethod
     def Backward(
         self,
         request: _expert_pb2.BackwardRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_expert_pb2.BackwardReply, _abc.Awaitable[_expert_pb2.BackwardReply]]:
         """Gradients of an earlier Forward. FAILED_PRECONDITION: the inputs are gone, send them along."""
+
+    @_abc_1.abstractmethod
+    def BackwardInPieces(
+        self,
+        request_iterator: _MaybeAsyncIterator[_expert_pb2.Piece],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_expert_pb2.Piece], _abc.AsyncIterator[_expert_pb2.Piece]]:
+        """A BackwardRequest and its BackwardReply in pieces."""
 
     @_abc_1.abstractmethod
     def Commit(

@@ -6,6 +6,8 @@ from collections.abc import Generator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from moe_net.config import RunConfig, from_json
 from moe_net.discovery.dht import DhtDiscovery
 from moe_net.discovery.directory import DirectoryWatcher
@@ -25,8 +27,14 @@ from moe_net.trace import EventSink, FaultEvent, ignore
 from moe_net.types import Encoding, ExpertId, PeerInfo
 
 
-def make_banks(run: RunConfig, experts: Sequence[ExpertId]) -> dict[int, ExpertBank]:
-    """Fresh experts of a run, one bank per layer; the same weights wherever they are made."""
+def make_banks(run: RunConfig, experts: Sequence[ExpertId], *, device: str = "cpu") -> dict[int, ExpertBank]:
+    """Fresh experts of a run, one bank per layer; the same weights wherever they are made.
+
+    On a CUDA device they compute in bf16, or in fp16 where the device has no bf16.
+    """
+    dtype = torch.float32
+    if device.startswith("cuda"):
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     banks: dict[int, ExpertBank] = {}
     for layer in sorted({expert.layer for expert in experts}):
         banks[layer] = ExpertBank(
@@ -38,6 +46,8 @@ def make_banks(run: RunConfig, experts: Sequence[ExpertId]) -> dict[int, ExpertB
             run=run.name,
             seed=run.seed,
             init_std=run.model.init_std,
+            device=device,
+            compute_dtype=dtype,
         )
     return banks
 

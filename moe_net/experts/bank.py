@@ -16,18 +16,20 @@ from moe_net.errors import CheckpointError
 from moe_net.experts.init import init_expert
 from moe_net.experts.update import StackedAdamW
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
+from moe_net.kernels.graphed import GraphedExperts
 from moe_net.kernels.types import ExpertWeights, Saved
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertId, ExpertShape
 from moe_net.wire.state import STATE_FIELDS, SUM_FIELDS, check_state
 
 
-def memory_bytes(n_experts: int, shape: ExpertShape) -> int:
-    """What a bank keeps for `n_experts`: weights, gradient sums and two moments, 16 bytes a parameter.
+def memory_bytes(n_experts: int, shape: ExpertShape, *, compute_bytes: int = 0) -> int:
+    """What a bank keeps for `n_experts`: weights, gradient sums and two moments, 16 bytes a parameter, and copies of
+    the weights of `compute_bytes` a parameter (2 on a GPU).
 
-    Kept inputs and scratch of the calls in flight come on top.
+    Kept inputs and scratch of the calls in flight (`kernels.memory`) come on top.
     """
-    return n_experts * shape.d_model * (shape.d_hidden + shape.d_ff) * 16
+    return n_experts * shape.d_model * (shape.d_hidden + shape.d_ff) * (16 + compute_bytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,8 +59,13 @@ class ExpertBank:
         seed: int,
         init_std: float,
         device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Fresh experts `indices` of `layer` (see `experts.init`). ValueError if indices are none, repeated or < 0."""
+        """Fresh experts `indices` of `layer` (see `experts.init`). ValueError if indices are none, repeated or < 0.
+
+        With another `compute_dtype` (bf16 is what a GPU is fast in) the experts run on rounded copies of their weights,
+        which a step renews; weights, gradient sums and moments stay fp32.
+        """
         self.indices = tuple(sorted(indices))
         if not self.indices or self.indices[0] < 0 or len(set(self.indices)) < len(self.indices):
             raise ValueError(f"indices of layer {layer} must be distinct, not negative and at least one: {indices}")
@@ -72,7 +79,13 @@ class ExpertBank:
         self._slot_of = {index: slot for slot, index in enumerate(self.indices)}
         self._slot_by_index = torch.full((self.indices[-1] + 2,), -1, dtype=torch.int64)
         self._slot_by_index[list(self.indices)] = torch.arange(len(self.indices))
-        w_in_EDH = torch.empty(len(self.indices), shape.d_model, shape.d_hidden, device=device)
+        # As a view of [E, H, D]: what GPUs like (see `ExpertWeights`), and as good as any for a CPU.
+        on_gpu = torch.device(device).type == "cuda"
+        sizes = (len(self.indices), shape.d_hidden, shape.d_model)
+        if on_gpu:
+            w_in_EDH = torch.empty(sizes, device=device).transpose(1, 2)
+        else:
+            w_in_EDH = torch.empty(sizes[0], sizes[2], sizes[1], device=device)
         w_out_EFD = torch.empty(len(self.indices), shape.d_ff, shape.d_model, device=device)
         for slot, index in enumerate(self.indices):
             w_in_DH, w_out_FD = init_expert(ExpertId(layer, index), shape, run=run, seed=seed, init_std=init_std)
@@ -80,6 +93,10 @@ class ExpertBank:
             w_out_EFD[slot] = w_out_FD
         self._weights = ExpertWeights(w_in_EDH, w_out_EFD, shape.activation)
         self._optimizer = StackedAdamW(w_in_EDH, w_out_EFD, optimizer)
+        self._compute = self._weights
+        if compute_dtype is not torch.float32:
+            self._compute = ExpertWeights(w_in_EDH.to(compute_dtype), w_out_EFD.to(compute_dtype), shape.activation)
+        self._graphed = GraphedExperts(self._compute, self._optimizer.grads) if on_gpu else None
         self._generation = 0  # of the weights: counts everything that changes them
         # Pairs (row, expert) whose gradients are in the sums, and in the weights.
         self._summed_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
@@ -112,9 +129,17 @@ class ExpertBank:
 
         With `keep`, also what `backward` can use instead of running the first projection again.
         """
-        x, slots, gates = (value.to(self.device) for value in (x_RD, slots_RK, gates_RK))
-        y_RD, kernel = moe_ffn_forward(x, slots, gates, self._weights, keep=keep)
-        return y_RD.to(x_RD.device), BankSaved(kernel, self._generation) if keep else None
+        x, slots, gates = self._put(x_RD, slots_RK, gates_RK)
+        if self._graphed is not None and self._graphed.takes(x, slots):
+            y_RD, kernel = self._graphed.forward(x, slots, gates, keep=keep)
+        else:
+            y_RD, kernel = moe_ffn_forward(x, slots, gates, self._compute, keep=keep)
+        return y_RD.to(x_RD), BankSaved(kernel, self._generation) if keep else None
+
+    def _put(self, *values_R: Tensor) -> list[Tensor]:
+        """On the bank's device, rows of values in the dtype it computes in (gates and slots stay what they are)."""
+        x_RD, *others = (value.to(self.device, non_blocking=True) for value in values_R)
+        return [x_RD.to(self._compute.w_in_EDH.dtype), *others]
 
     def backward(
         self,
@@ -131,12 +156,16 @@ class ExpertBank:
         Of a `saved` that is older than the weights nothing is used: all gradients belong to the weights of now.
         """
         kernel = saved.kernel if saved is not None and saved.generation == self._generation else None
-        dy, x, slots, gates = (value.to(self.device) for value in (dy_RD, x_RD, slots_RK, gates_RK))
-        weight_grads = self._optimizer.grads if accumulate else None
+        x, slots, gates = self._put(x_RD, slots_RK, gates_RK)
+        (dy,) = self._put(dy_RD)
         if accumulate:
             self._summed_rows_E += self._rows_by_slot(slots_RK)
-        dx_RD, dgates_RK = moe_ffn_backward(dy, x, slots, gates, self._weights, kernel, weight_grads=weight_grads)
-        return dx_RD.to(x_RD.device), dgates_RK.to(gates_RK.device)
+        if accumulate and self._graphed is not None and self._graphed.takes(x, slots):
+            dx_RD, dgates_RK, _ = self._graphed.backward(dy, x, slots, gates, kernel)
+        else:
+            sums = self._optimizer.grads if accumulate else None
+            dx_RD, dgates_RK = moe_ffn_backward(dy, x, slots, gates, self._compute, kernel, weight_grads=sums)
+        return dx_RD.to(x_RD), dgates_RK.to(gates_RK)
 
     def subtract(self, dy_RD: Tensor, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor) -> None:
         """Take a gradient that was added out of the sums, as it would be at the weights of now: exact up to rounding
@@ -163,12 +192,19 @@ class ExpertBank:
             return False
         before = torch.tensor(self._optimizer.versions)
         self._optimizer.step(self.committed_tokens)
-        self._generation += 1
+        self._weights_changed()
         # Not of an expert whose sum was not finite: it has learned nothing from those rows.
         self._stepped_rows_E += self._summed_rows_E * (torch.tensor(self._optimizer.versions) - before)
         self._summed_rows_E.zero_()
         self.committed_tokens = 0
         return True
+
+    def _weights_changed(self) -> None:
+        self._generation += 1
+        if self._compute is not self._weights:
+            # In place: the graphs hold these tensors.
+            self._compute.w_in_EDH.copy_(self._weights.w_in_EDH)
+            self._compute.w_out_EFD.copy_(self._weights.w_out_EFD)
 
     def _stacks(self) -> dict[str, Tensor]:
         optimizer = self._optimizer
@@ -190,12 +226,16 @@ class ExpertBank:
         for index in self.indices if indices is None else indices:
             slot = self._slot_of[index]
             for field, stack in stacks.items():
-                state[f"{self.layer}.{index}.{field}"] = stack[slot].to("cpu", copy=True)
+                state[f"{self.layer}.{index}.{field}"] = torch.clone(
+                    stack[slot], memory_format=torch.contiguous_format
+                ).cpu()
             state[f"{self.layer}.{index}.version"] = torch.tensor(self._optimizer.versions[slot])
             # Sums that are not finite make no step, and a snapshot with them would be refused as a whole.
             if with_sums and self.committed_tokens > 0 and all(bool(g[slot].isfinite().all()) for g in sums.values()):
                 for field, stack in sums.items():
-                    state[f"{self.layer}.{index}.{field}"] = stack[slot].to("cpu", copy=True)
+                    state[f"{self.layer}.{index}.{field}"] = torch.clone(
+                        stack[slot], memory_format=torch.contiguous_format
+                    ).cpu()
                 state[f"{self.layer}.{index}.committed_tokens"] = torch.tensor(self.committed_tokens)
         return state
 
@@ -234,7 +274,7 @@ class ExpertBank:
             for field, stack in stacks.items():
                 stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
             self._optimizer.versions[slot] = int(state[f"{self.layer}.{index}.version"])
-        self._generation += 1
+        self._weights_changed()
         return loaded
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:

@@ -83,7 +83,7 @@ def _fastest(x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights) -> str
     return "triton" if _installed("triton") else "loop"
 
 
-def _choose(x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights, backend: str | None) -> Backend:
+def choose(x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights, backend: str | None) -> Backend:
     """The backend asked for, or the fastest one for this device, dtype and shape."""
     if backend is None:
         backend = _fastest(x_TD, expert_ids_TK, weights)
@@ -139,7 +139,7 @@ def moe_ffn_forward(
     ValueError with "loop", padding with the others, which do not wait for the device to look. No autograd here.
     """
     _check(x_TD, expert_ids_TK, gates_TK, weights)
-    return _choose(x_TD, expert_ids_TK, weights, backend).forward(x_TD, expert_ids_TK, gates_TK, weights, keep=keep)
+    return choose(x_TD, expert_ids_TK, weights, backend).forward(x_TD, expert_ids_TK, gates_TK, weights, keep=keep)
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def moe_ffn_backward(
     _check(x_TD, expert_ids_TK, gates_TK, weights)
     if dy_TD.shape != x_TD.shape or dy_TD.dtype != x_TD.dtype:
         raise ValueError(f"dy is {dy_TD.dtype} {list(dy_TD.shape)}, but x is {x_TD.dtype} {list(x_TD.shape)}")
-    module = _choose(x_TD, expert_ids_TK, weights, backend or (saved.backend if saved is not None else None))
+    module = choose(x_TD, expert_ids_TK, weights, backend or (saved.backend if saved is not None else None))
     if saved is not None and saved.backend != module.NAME:
         saved = None
     dx_TD, dgates_TK, _ = module.backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, sums=weight_grads)
@@ -186,7 +186,7 @@ class _MoeFfn(torch.autograd.Function):
         x_TD, expert_ids_TK, gates_TK, w_in_EDH, w_out_EFD, h_PH = ctx.saved_tensors
         saved = None if ctx.saved_as is None else Saved(ctx.saved_as[0], ctx.saved_as[1], h_PH)
         weights = ExpertWeights(w_in_EDH, w_out_EFD, ctx.activation)
-        module = _choose(x_TD, expert_ids_TK, weights, None if saved is None else saved.backend)
+        module = choose(x_TD, expert_ids_TK, weights, None if saved is None else saved.backend)
         fresh = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         dx_TD, dgates_TK, new = module.backward(
             dy_TD.contiguous(), x_TD, expert_ids_TK, gates_TK, weights, saved, sums=None, fresh=fresh
@@ -204,7 +204,7 @@ def moe_ffn(
     again.
     """
     _check(x_TD, expert_ids_TK, gates_TK, weights)
-    if _choose(x_TD, expert_ids_TK, weights, backend).NAME == reference.NAME:
+    if choose(x_TD, expert_ids_TK, weights, backend).NAME == reference.NAME:
         return reference.moe_ffn_reference(x_TD, expert_ids_TK, gates_TK, weights)
     inputs = (x_TD, gates_TK, weights.w_in_EDH, weights.w_out_EFD)
     if not (torch.is_grad_enabled() and any(value.requires_grad for value in inputs)):

@@ -77,6 +77,7 @@ def backward(
             add = grads is sums
             products.weights(a_PF, dy_TD, grads.w_out_EFD, routing, n_choices, gather="b", add=add)
             products.weights(x_TD, dh_PH, grads.w_in_EDH, routing, n_choices, gather="a", add=add)
+    del a_PF
     dx_PD = products.rows(dh_PH, weights.w_in_EDH.transpose(1, 2), routing)
     dx_TD, dgates_TK = rows.combine(dx_PD, routing, (n_tokens, n_choices), None, partial_PN)
     assert dgates_TK is not None

@@ -1,5 +1,5 @@
 # pyright: basic
-"""A server's small calls as CUDA graphs: what 64 to 512 tokens over 16 experts cost is launches, not arithmetic.
+"""A server's calls as CUDA graphs: what 64 to 512 tokens over 16 experts cost is launches, not arithmetic.
 
 T tokens of a call, B tokens of its bucket, K experts per token, E experts, D model width, P = B * K pairs.
 
@@ -17,11 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_net.kernels import fused
+from moe_net.kernels.dispatch import choose
 from moe_net.kernels.routing import Routing
 from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
 
-BUCKETS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+NAME = "graphed"
+BUCKETS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048)
 
 
 def bucket_of(n_tokens: int) -> int | None:
@@ -40,7 +41,9 @@ class _Kept:
 class _Bucket:
     """Static inputs and outputs of one (tokens, choices), and the graphs between them."""
 
-    def __init__(self, n_tokens: int, n_choices: int, weights: ExpertWeights, sums: WeightGrads | None) -> None:
+    def __init__(
+        self, n_tokens: int, n_choices: int, weights: ExpertWeights, sums: WeightGrads | None, backend: str | None
+    ) -> None:
         w_in_EDH = weights.w_in_EDH
         device, d_model = w_in_EDH.device, w_in_EDH.shape[1]
         self._weights, self._sums = weights, sums
@@ -49,6 +52,7 @@ class _Bucket:
         self.ids_BK = torch.full((n_tokens, n_choices), -1, dtype=torch.int32, device=device)
         self.gates_BK = torch.zeros((n_tokens, n_choices), device=device)
         self._owner: weakref.ref[_Kept] | None = None
+        self._backend = choose(self.x_BD, self.ids_BK, weights, backend)
         self.forward_graph, forward = _capture(self._forward, device)
         self.y_BD, self.h_PH, self._kept = forward[0], forward[1], forward[1:]
         # Padding alone adds nothing to the sums, also while a graph is made.
@@ -57,14 +61,13 @@ class _Bucket:
         self.new = WeightGrads(backward[2], backward[3]) if sums is None else None
 
     def _forward(self) -> list[Tensor]:
-        y_BD, saved = fused.forward(self.x_BD, self.ids_BK, self.gates_BK, self._weights, keep=True)
+        y_BD, saved = self._backend.forward(self.x_BD, self.ids_BK, self.gates_BK, self._weights, keep=True)
         assert saved is not None
-        return [y_BD, saved.h_PH, saved.routing.pair_P, saved.routing.place_P, saved.routing.end_E]
+        return [y_BD, saved.h_PH, *saved.routing.tensors()]
 
     def _backward(self) -> list[Tensor]:
-        h_PH, pair_P, place_P, end_E = self._kept
-        saved = Saved(fused.NAME, Routing(pair_P, place_P, end_E), h_PH)
-        dx_BD, dgates_BK, new = fused.backward(
+        saved = Saved(self._backend.NAME, Routing(*self._kept[1:]), self.h_PH)
+        dx_BD, dgates_BK, new = self._backend.backward(
             self.dy_BD, self.x_BD, self.ids_BK, self.gates_BK, self._weights, saved,
             sums=self._sums, fresh=self._sums is None,
         )  # fmt: skip
@@ -116,14 +119,14 @@ def _capture(fn: Callable[[], list[Tensor]], device: torch.device) -> tuple[Call
 
 
 class GraphedExperts:
-    """Forward and backward of calls of up to 512 tokens on fixed weights; not for more than one thread or stream.
+    """Forward and backward of calls of up to 2048 tokens on fixed weights; not for more than one thread or stream.
 
     Weights may change in place between calls; a `Saved` is then the caller's to drop. `sums` as in
     `types.Backend.backward`; without them every backward overwrites `new_grads`.
     """
 
-    def __init__(self, weights: ExpertWeights, sums: WeightGrads | None = None) -> None:
-        self._weights, self._sums = weights, sums
+    def __init__(self, weights: ExpertWeights, sums: WeightGrads | None = None, *, backend: str | None = None) -> None:
+        self._weights, self._sums, self._name = weights, sums, backend
         self._buckets: dict[tuple[int, int], _Bucket] = {}
 
     def takes(self, x_TD: Tensor, expert_ids_TK: Tensor) -> bool:
@@ -138,7 +141,7 @@ class GraphedExperts:
         size = bucket_of(n_tokens)
         assert size is not None
         if (size, n_choices) not in self._buckets:
-            self._buckets[size, n_choices] = _Bucket(size, n_choices, self._weights, self._sums)
+            self._buckets[size, n_choices] = _Bucket(size, n_choices, self._weights, self._sums, self._name)
         return self._buckets[size, n_choices]
 
     def forward(
@@ -150,7 +153,7 @@ class GraphedExperts:
         bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
         bucket.forward_graph()
         y_TD = bucket.y_BD[: x_TD.shape[0]].clone()
-        return y_TD, Saved(fused.NAME, kept, bucket.h_PH) if keep else None
+        return y_TD, Saved(NAME, kept, bucket.h_PH) if keep else None
 
     def backward(
         self, dy_TD: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, saved: Saved | None

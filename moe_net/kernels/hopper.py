@@ -66,22 +66,14 @@ def _gemm(product: str, a: Tensor, b: Tensor, out: Tensor, **options) -> Tensor:
     return out
 
 
-def _up(x_TD: Tensor, w_in_EDH: Tensor, row_P: Tensor, bound_E1: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+def _up(x_TD: Tensor, w_in_EDH: Tensor, row_P: Tensor, bound_B: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
     """(h [P, H] interleaved, activation(h) [P, F])."""
     from quack.gemm_interface import gemm_gated
 
     return gemm_gated(
-        x_TD, w_in_EDH, activation="swiglu", cu_seqlens_m=bound_E1, A_idx=row_P, store_preact=keep,
+        x_TD, w_in_EDH, activation="swiglu", cu_seqlens_m=bound_B, A_idx=row_P, store_preact=keep,
         concat_layout=("B",), tuned=False, config=_config("up", x_TD),
     )  # fmt: skip
-
-
-def _sort(expert_ids_TK: Tensor, n_experts: int) -> tuple[Routing, Tensor, Tensor]:
-    """(routing, int32 token of each pair, int32 bounds [E + 1])."""
-    routing = rows.sort_pairs(expert_ids_TK, n_experts)
-    row_P = torch.div(routing.pair_P, expert_ids_TK.shape[1], rounding_mode="floor")
-    bound_E1 = torch.nn.functional.pad(routing.end_E, (1, 0))
-    return routing, row_P, bound_E1
 
 
 def forward(
@@ -92,13 +84,13 @@ def forward(
         return torch.zeros_like(x_TD), None
     x_TD, gates_TK = x_TD.contiguous(), gates_TK.contiguous()
     n_tokens, n_choices = expert_ids_TK.shape
-    sorted_pairs = _sort(expert_ids_TK, weights.w_in_EDH.shape[0])
-    routing, row_P, bound_E1 = sorted_pairs
-    h_PH, a_PF = _up(x_TD, weights.w_in_EDH, row_P, bound_E1, keep=keep)
+    routing = rows.sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0])
+    row_P, bound_B = routing.row_P, routing.bound_B
+    h_PH, a_PF = _up(x_TD, weights.w_in_EDH, row_P, bound_B, keep=keep)
     y_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
-    _gemm("rows", a_PF, weights.w_out_EFD, y_PD, cu_seqlens_m=bound_E1)
+    _gemm("rows", a_PF, weights.w_out_EFD, y_PD, cu_seqlens_m=bound_B)
     y_TD, _ = rows.combine(y_PD, routing, (n_tokens, n_choices), gates_TK)
-    return y_TD, Saved(NAME, sorted_pairs, h_PH) if keep else None
+    return y_TD, Saved(NAME, routing, h_PH) if keep else None
 
 
 def backward(
@@ -120,28 +112,25 @@ def backward(
     w_in_EDH, w_out_EFD, _ = weights
     dy_TD, x_TD, gates_TK = dy_TD.contiguous(), x_TD.contiguous(), gates_TK.contiguous()
     n_tokens, n_choices = expert_ids_TK.shape
-    if saved is None:
-        routing, row_P, bound_E1 = _sort(expert_ids_TK, w_in_EDH.shape[0])
-        h_PH, _ = _up(x_TD, w_in_EDH, row_P, bound_E1, keep=True)
-    else:
-        routing, row_P, bound_E1 = saved.routing
-        h_PH = saved.h_PH
+    routing: Routing = rows.sort_pairs(expert_ids_TK, w_in_EDH.shape[0]) if saved is None else saved.routing
+    row_P, bound_B = routing.row_P, routing.bound_B
+    h_PH = _up(x_TD, w_in_EDH, row_P, bound_B, keep=True)[0] if saved is None else saved.h_PH
     gate_P = gates_TK.reshape(-1).float()[routing.pair_P]
     dh_PH, a_PF, dgate_P = gemm_dgated(
         dy_TD, w_out_EFD.transpose(1, 2), PreAct=h_PH, activation="swiglu", colvec_scale=gate_P, colvec_reduce=True,
-        cu_seqlens_m=bound_E1, A_idx=row_P, dynamic_scheduler=False, tuned=False,
+        cu_seqlens_m=bound_B, A_idx=row_P, dynamic_scheduler=False, tuned=False,
         config=_config("down backward", x_TD),
     )  # fmt: skip
     new = WeightGrads(torch.empty_like(w_in_EDH), torch.empty_like(w_out_EFD)) if fresh else None
     for grads in (new, sums):
         if grads is not None:
-            options = {"cu_seqlens_k": bound_E1, "A_idx": row_P, "add_to_output": grads is sums}
+            options = {"cu_seqlens_k": bound_B, "A_idx": row_P, "add_to_output": grads is sums}
             # dw_out as its transpose: the gathered rows come first.
             _gemm("weights", dy_TD.t(), a_PF, grads.w_out_EFD.transpose(1, 2), **options)
             _gemm("weights", x_TD.t(), dh_PH, grads.w_in_EDH, concat_layout=("out",), **options)
     del a_PF
     dx_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
-    _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, cu_seqlens_m=bound_E1, concat_layout=("B",))
-    dx_TD, _ = rows.combine(dx_PD, routing, (n_tokens, n_choices), None)
-    dgates_TK = dgate_P.index_select(0, routing.place_P.clamp(min=0)).masked_fill_(routing.place_P < 0, 0)
-    return dx_TD, dgates_TK.view(gates_TK.shape).to(gates_TK.dtype), new
+    _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, cu_seqlens_m=bound_B, concat_layout=("B",))
+    dx_TD, dgates_TK = rows.combine(dx_PD, routing, (n_tokens, n_choices), None, dgate_P.unsqueeze(1))
+    assert dgates_TK is not None
+    return dx_TD, dgates_TK.to(gates_TK.dtype), new

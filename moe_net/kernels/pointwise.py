@@ -18,7 +18,7 @@ __all__ = ["activate", "activate_backward_", "combine", "sort_pairs", "spread"]
 
 def spread(x_TD: Tensor, routing: Routing, n_choices: int) -> Tensor:
     """[P, D], the row of each sorted pair."""
-    return x_TD.index_select(0, routing.pair_P // n_choices)
+    return x_TD.index_select(0, routing.row_P)
 
 
 def combine(

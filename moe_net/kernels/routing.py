@@ -18,10 +18,17 @@ class Routing:
 
     pair_P: Tensor
     """Position t * K + k of each sorted pair."""
+    row_P: Tensor
+    """Its token t."""
     place_P: Tensor
     """Where pair t * K + k went; -1 for padding."""
     end_E: Tensor
     """int32, where each expert's pairs end."""
+    bound_B: Tensor
+    """int32 [E + 1], 0 and these ends."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.pair_P, self.row_P, self.place_P, self.end_E, self.bound_B
 
 
 def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:
@@ -31,8 +38,11 @@ def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:
     expert_E = torch.arange(n_experts, device=key_P.device, dtype=key_P.dtype)
     place_P = torch.empty_like(pair_P)
     place_P[pair_P] = torch.arange(pair_P.numel(), device=pair_P.device)
+    end_E = torch.searchsorted(key_P, expert_E, right=True, out_int32=True)
     return Routing(
         pair_P=pair_P,
+        row_P=pair_P // max(1, expert_ids_TK.shape[1]),
         place_P=place_P.masked_fill_(padding_P, -1),
-        end_E=torch.searchsorted(key_P, expert_E, right=True, out_int32=True),
+        end_E=end_E,
+        bound_B=torch.nn.functional.pad(end_E, (1, 0)),
     )

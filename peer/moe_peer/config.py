@@ -41,6 +41,8 @@ class ServeConfig:
     Experts of which a living replica has a later version are taken from there all the same."""
     identity: Path | None = None
     """PEM file of this peer's key, made when it does not exist; without it, a new identity each time."""
+    device: str | None = None
+    """Where the experts run: cpu, cuda or cuda:1. By default the first CUDA device, or the CPU where there is none."""
     threads: int | None = None
     """Threads for tensor work; by default as many as cores."""
     cache_mib: int = 256

@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moe_net.config import RunConfig
+from moe_net.experts.bank import memory_bytes
+from moe_net.kernels.memory import dispatch_bytes
+
 
 def free_memory_bytes() -> int:
     """Of this machine's memory, what is free just now."""
@@ -17,6 +21,30 @@ def free_memory_bytes() -> int:
     # macOS does not say what is free: count on a quarter of what is there.
     free = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in names else os.sysconf("SC_PHYS_PAGES") // 4
     return free * os.sysconf("SC_PAGE_SIZE")
+
+
+def find_device(asked: str | None) -> str:
+    """The device asked for, or the first CUDA device, or the CPU. ValueError when it is not here."""
+    n_devices = torch.cuda.device_count()
+    if asked is None:
+        return "cuda" if n_devices else "cpu"
+    device = torch.device(asked)
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= n_devices):
+        raise ValueError(f"device={asked!r}: there are {n_devices} CUDA devices here, and the CPU")
+    return asked
+
+
+def room_for_experts(device: str, run: RunConfig, max_batch_rows: int) -> int:
+    """How many experts half of the free memory holds; on a GPU beside the largest dispatch."""
+    shape, model = run.model.expert_shape, run.model
+    if device == "cpu":
+        return free_memory_bytes() // 2 // memory_bytes(1, shape)
+    free, _ = torch.cuda.mem_get_info(device)
+    largest = dispatch_bytes(
+        max_batch_rows, model.router.experts_per_token, model.n_experts, shape,
+        item_bytes=2, backend="grouped", fresh=False,
+    )  # fmt: skip
+    return max(0, free // 2 - largest) // memory_bytes(1, shape, compute_bytes=2)
 
 
 @dataclass(slots=True)

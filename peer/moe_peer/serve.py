@@ -36,7 +36,7 @@ from moe_peer.catchup import catch_up
 from moe_peer.checkpoint import newest_checkpoint, read_meta
 from moe_peer.config import ServeConfig, parse_experts
 from moe_peer.gossip import Gossip, Meeting
-from moe_peer.memory import free_memory_bytes
+from moe_peer.memory import find_device, room_for_experts
 from moe_peer.server import ExpertServer
 
 log = logging.getLogger(__name__)
@@ -209,22 +209,21 @@ async def _choose_experts(
 ) -> tuple[ExpertId, ...]:
     if config.experts is not None:
         return parse_experts(config.experts, run.model)
-    one_bytes = memory_bytes(1, run.model.expert_shape)
+    one_mib = memory_bytes(1, run.model.expert_shape) / MIB
     capacity = config.max_experts
     if capacity is None:
-        capacity = free_memory_bytes() // 2 // one_bytes
+        capacity = room_for_experts(find_device(config.device), run, config.max_batch_rows)
         if capacity == 0:
-            raise ValueError(f"half of the free memory does not hold one expert ({one_bytes / MIB:.0f} MiB)")
+            raise ValueError(f"half of the free memory does not hold one expert ({one_mib:.0f} MiB)")
     view = View(await discovery.peers())
     chosen = assign(run.model.expert_ids, view, capacity, identity.peer_id)
-    total_mib = len(chosen) * one_bytes / MIB
-    log.info("hosting %d of %d experts, %.0f MiB", len(chosen), len(run.model.expert_ids), total_mib)
+    log.info("hosting %d of %d experts, %.0f MiB", len(chosen), len(run.model.expert_ids), len(chosen) * one_mib)
     return chosen
 
 
 def _make_host(config: ServeConfig, run: RunConfig, experts: tuple[ExpertId, ...]) -> ExpertHost:
     host = ExpertHost(
-        make_banks(run, experts),
+        make_banks(run, experts, device=find_device(config.device)),
         cache_bytes=config.cache_mib * MIB,
         reply_bytes=config.reply_mib * MIB,
         journal_bytes=config.journal_mib * MIB,

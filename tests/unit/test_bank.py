@@ -23,7 +23,12 @@ SHAPE = ExpertShape(d_model=12, d_ff=9)
 R, K = 20, 3
 
 
-def make_bank(indices: tuple[int, ...] = (2, 5, 7), batch: int = R, clip_norm: float = 1.0) -> ExpertBank:
+def make_bank(
+    indices: tuple[int, ...] = (2, 5, 7),
+    batch: int = R,
+    clip_norm: float = 1.0,
+    compute_dtype: torch.dtype = torch.float32,
+) -> ExpertBank:
     return ExpertBank(
         layer=3,
         indices=indices,
@@ -33,6 +38,7 @@ def make_bank(indices: tuple[int, ...] = (2, 5, 7), batch: int = R, clip_norm: f
         run="demo",
         seed=1,
         init_std=0.2,
+        compute_dtype=compute_dtype,
     )
 
 
@@ -400,3 +406,21 @@ def test_a_replaced_state_leaves_sums_and_commits_and_ends_what_was_saved() -> N
     assert saved is not None
     dx, _ = bank.backward(dy, x, slots, gates, saved, accumulate=False)
     assert torch.equal(dx, other.backward(dy, x, slots, gates, None, accumulate=False)[0])
+
+
+def test_a_bank_that_computes_in_bf16_learns_what_one_in_fp32_does_within_bf16() -> None:
+    exact, rounded = make_bank(), make_bank(compute_dtype=torch.bfloat16)
+    for step in range(5):
+        dy, x, slots, gates = make_rows(step)
+        results = []
+        for bank in (exact, rounded):
+            y, saved = bank.forward(x, slots, gates, keep=True)
+            dx, dgates = bank.backward(dy, x, slots, gates, saved)
+            assert bank.commit(R)
+            results.append((y, dx, dgates))
+        for right, got in zip(*results, strict=True):
+            assert got.dtype is torch.float32
+            torch.testing.assert_close(got, right, rtol=0.05, atol=0.03 * float(right.abs().max()))
+    for name, value in exact.state().items():
+        if name.endswith(("w_in", "w_out")):  # AdamW turns a gradient's rounding into as much of a step
+            torch.testing.assert_close(rounded.state()[name], value, rtol=0, atol=0.02)

@@ -27,25 +27,35 @@ def _one_hot(ids_ptr, pair_B, n_pairs, n_experts, expert_E):
 
 
 @triton.jit
-def _place(hit_BE, first_E, pair_B, n_pairs, pair_ptr, place_ptr):
+def _place(hit_BE, first_E, pair_B, n_pairs, n_choices, pair_ptr, row_ptr, place_ptr):
     rank_BE = tl.cumsum(hit_BE, 0) - hit_BE
     place_B = tl.sum(hit_BE * (first_E[None, :] + rank_BE), 1)
     known_B = tl.sum(hit_BE, 1) > 0
     tl.store(pair_ptr + place_B, pair_B, mask=known_B)
+    tl.store(row_ptr + place_B, pair_B // n_choices, mask=known_B)
     tl.store(place_ptr + pair_B, tl.where(known_B, place_B, -1), mask=pair_B < n_pairs)
+
+
+@triton.jit
+def _store_ends(end_E, expert_E, n_experts, end_ptr, bound_ptr):
+    known_E = expert_E < n_experts
+    tl.store(end_ptr + expert_E, end_E, mask=known_E)
+    tl.store(bound_ptr + 1 + expert_E, end_E, mask=known_E)
+    tl.store(bound_ptr + expert_E, 0, mask=expert_E == 0)
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
 def _sort_at_once(
-    ids_ptr, pair_ptr, place_ptr, end_ptr, n_pairs, n_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr
-):
+    ids_ptr, pair_ptr, row_ptr, place_ptr, end_ptr, bound_ptr, n_pairs, n_experts, n_choices,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
     pair_B = tl.arange(0, BLOCK)
     expert_E = tl.arange(0, EXPERTS)
     hit_BE = _one_hot(ids_ptr, pair_B, n_pairs, n_experts, expert_E)
     count_E = tl.sum(hit_BE, 0)
     end_E = tl.cumsum(count_E, 0)
-    tl.store(end_ptr + expert_E, end_E, mask=expert_E < n_experts)
-    _place(hit_BE, end_E - count_E, pair_B, n_pairs, pair_ptr, place_ptr)
+    _store_ends(end_E, expert_E, n_experts, end_ptr, bound_ptr)
+    _place(hit_BE, end_E - count_E, pair_B, n_pairs, n_choices, pair_ptr, row_ptr, place_ptr)
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
@@ -57,7 +67,7 @@ def _count(ids_ptr, count_ptr, n_pairs, n_experts, BLOCK: tl.constexpr, EXPERTS:
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
-def _sum_up(count_ptr, end_ptr, n_blocks, n_experts, STEP: tl.constexpr, EXPERTS: tl.constexpr):
+def _sum_up(count_ptr, end_ptr, bound_ptr, n_blocks, n_experts, STEP: tl.constexpr, EXPERTS: tl.constexpr):
     """Counts [blocks, E] become the first place of each block's pairs of each expert."""
     expert_E = tl.arange(0, EXPERTS)
     total_E = tl.zeros([EXPERTS], tl.int32)
@@ -67,7 +77,7 @@ def _sum_up(count_ptr, end_ptr, n_blocks, n_experts, STEP: tl.constexpr, EXPERTS
         at_SE = block_S[:, None] * n_experts + expert_E[None, :]
         total_E += tl.sum(tl.load(count_ptr + at_SE, mask=inside_SE, other=0), 0)
     end_E = tl.cumsum(total_E, 0)
-    tl.store(end_ptr + expert_E, end_E, mask=expert_E < n_experts)
+    _store_ends(end_E, expert_E, n_experts, end_ptr, bound_ptr)
     first_E = end_E - total_E
     for block in range(0, n_blocks, STEP):
         block_S = block + tl.arange(0, STEP)
@@ -79,40 +89,37 @@ def _sum_up(count_ptr, end_ptr, n_blocks, n_experts, STEP: tl.constexpr, EXPERTS
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
-def _put(ids_ptr, first_ptr, pair_ptr, place_ptr, n_pairs, n_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+def _put(
+    ids_ptr, first_ptr, pair_ptr, row_ptr, place_ptr, n_pairs, n_experts, n_choices,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
     pair_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert_E = tl.arange(0, EXPERTS)
     hit_BE = _one_hot(ids_ptr, pair_B, n_pairs, n_experts, expert_E)
     first_E = tl.load(first_ptr + tl.program_id(0) * n_experts + expert_E, mask=expert_E < n_experts, other=0)
-    _place(hit_BE, first_E, pair_B, n_pairs, pair_ptr, place_ptr)
+    _place(hit_BE, first_E, pair_B, n_pairs, n_choices, pair_ptr, row_ptr, place_ptr)
 
 
 def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:
     """Stable sort by expert; ids (int32 or int64) outside 0..n_experts-1 are padding."""
     ids_P = expert_ids_TK.contiguous()
-    n_pairs = ids_P.numel()
-    pairs_2P = torch.empty((2, n_pairs), dtype=torch.int32, device=ids_P.device)
-    pair_P, place_P = pairs_2P[0], pairs_2P[1]
+    n_pairs, n_choices = ids_P.numel(), max(1, expert_ids_TK.shape[1])
+    pair_P, row_P, place_P = torch.empty((3, n_pairs), dtype=torch.int32, device=ids_P.device)
     end_E = torch.empty(n_experts, dtype=torch.int32, device=ids_P.device)
+    bound_B = torch.empty(n_experts + 1, dtype=torch.int32, device=ids_P.device)
     experts = power_of_2(n_experts)
     block = max(16, _ONE_HOT // experts)
     if n_pairs <= block:
         block = min(block, max(16, power_of_2(n_pairs)))
         _sort_at_once[(1,)](
-            ids_P,
-            pair_P,
-            place_P,
-            end_E,
-            n_pairs,
-            n_experts,
-            block,
-            experts,
+            ids_P, pair_P, row_P, place_P, end_E, bound_B, n_pairs, n_experts, n_choices, block, experts,
             num_warps=16 if block * experts > 8192 else 8,
-        )
-        return Routing(pair_P, place_P, end_E)
+        )  # fmt: skip
+        return Routing(pair_P, row_P, place_P, end_E, bound_B)
     n_blocks = ceil_div(n_pairs, block)
     count = torch.empty((n_blocks, n_experts), dtype=torch.int32, device=ids_P.device)
     _count[(n_blocks,)](ids_P, count, n_pairs, n_experts, block, experts, num_warps=16)
-    _sum_up[(1,)](count, end_E, n_blocks, n_experts, max(1, min(128, 16384 // experts)), experts, num_warps=16)
-    _put[(n_blocks,)](ids_P, count, pair_P, place_P, n_pairs, n_experts, block, experts, num_warps=16)
-    return Routing(pair_P, place_P, end_E)
+    step = max(1, min(128, 16384 // experts))
+    _sum_up[(1,)](count, end_E, bound_B, n_blocks, n_experts, step, experts, num_warps=16)
+    _put[(n_blocks,)](ids_P, count, pair_P, row_P, place_P, n_pairs, n_experts, n_choices, block, experts, num_warps=16)
+    return Routing(pair_P, row_P, place_P, end_E, bound_B)

@@ -1,0 +1,113 @@
+"""The device's small kernels against what they replace: torch's sort and row functions, the wire's int8 layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, TOLERANCE, make_case
+from kernel_checks import check
+
+from moe_net.kernels import grouped, pointwise
+from moe_net.kernels.device import routing as device_routing
+from moe_net.kernels.device import rows, wire
+from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
+from moe_net.kernels.memory import dispatch_bytes
+from moe_net.kernels.types import zero_sums
+from moe_net.types import Activation, Encoding, ExpertShape
+from moe_net.wire import compress
+
+
+@given(
+    t=st.integers(1, 40),
+    k=st.sampled_from([1, 2, 3]),
+    e=st.integers(1, 9),
+    one_hot=st.sampled_from([16, 64, 32768]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+def test_sorting_by_counting_equals_torchs_stable_sort(t: int, k: int, e: int, one_hot: int, seed: int) -> None:
+    ids_TK = torch.randint(-2, e + 1, (t, k), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_routing, "_ONE_HOT", one_hot)  # smaller: several programs share the sort
+        found = device_routing.sort_pairs(ids_TK, e)
+    right = pointwise.sort_pairs(ids_TK, e)
+    n_pairs = int(right.end_E[-1])
+    for name in ("pair_P", "row_P"):
+        assert torch.equal(getattr(found, name)[:n_pairs].long(), getattr(right, name)[:n_pairs]), name
+    for name in ("place_P", "end_E", "bound_B"):
+        assert torch.equal(getattr(found, name).long(), getattr(right, name).long()), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("routing", ["random", "one hot", "padding"])
+def test_grouped_products_with_rows_in_one_pass_equal_the_reference(
+    routing: str, activation: Activation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped, "_row_functions", lambda x_TD: rows)
+    check(make_case(1, t=20, k=3, e=4, d=16, f=24, activation=activation, routing=routing), "grouped", dtype)
+
+
+@given(n_rows=st.integers(1, 5), width=st.sampled_from([4, 60, 64, 68, 200]), seed=st.integers(0, 99))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+def test_int8_rows_are_those_of_the_wire(n_rows: int, width: int, seed: int) -> None:
+    x_RD = torch.randn((n_rows, width), generator=torch.Generator().manual_seed(seed))
+    x_RD[0, :4] = 0
+    payload = torch.tensor(list(compress.encode(x_RD, Encoding.INT8)), dtype=torch.uint8)
+    right = compress.decode(memoryview(payload.numpy()), n_rows, width, Encoding.INT8).clone()
+    torch.testing.assert_close(wire.dequantise(payload.to(DEVICE), n_rows, width, torch.float32).cpu(), right)
+    data_N = torch.full((wire.payload_bytes(n_rows, width),), 77, dtype=torch.uint8, device=DEVICE)
+    wire.quantise(x_RD.to(DEVICE), data_N)
+    again = compress.decode(memoryview(data_N.cpu().numpy()), n_rows, width, Encoding.INT8)
+    assert bool(((again - x_RD).abs() <= x_RD.abs().max() / 253.9).all())
+    assert data_N.numel() == compress.payload_bytes(n_rows, width, Encoding.INT8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_found_by_the_receiver(value: float) -> None:
+    x_RD = torch.ones((2, 128), device=DEVICE)
+    x_RD[1, 70] = value
+    data_N = torch.empty(wire.payload_bytes(2, 128), dtype=torch.uint8, device=DEVICE)
+    wire.quantise(x_RD, data_N)
+    decoded = compress.decode(memoryview(data_N.cpu().numpy()), 2, 128, Encoding.INT8)
+    assert decoded.isfinite().tolist() == [[True] * 128, [True] * 64 + [False] * 64]
+
+
+def test_the_largest_numbers_survive_and_the_smallest_become_zero() -> None:
+    largest = torch.finfo(torch.float32).max
+    x_RD = torch.zeros((1, 128), device=DEVICE)
+    x_RD[0, 0], x_RD[0, 64] = largest, 1e-40
+    data_N = torch.empty(wire.payload_bytes(1, 128), dtype=torch.uint8, device=DEVICE)
+    wire.quantise(x_RD, data_N)
+    decoded = compress.decode(memoryview(data_N.cpu().numpy()), 1, 128, Encoding.INT8)
+    assert float(decoded[0, 0]) == pytest.approx(largest, rel=0.01)
+    assert bool((decoded[0, 1:] == 0).all())
+
+
+def test_memory_is_known_for_the_gpu_backends_alone() -> None:
+    with pytest.raises(ValueError, match="nothing is known about the memory of backend 'loop'"):
+        dispatch_bytes(1, 1, 1, ExpertShape(d_model=8, d_ff=8), item_bytes=2, backend="loop", fresh=True)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"] if DEVICE == "cuda" else [])
+def test_a_dispatch_takes_the_memory_that_planning_counts_on(backend: str) -> None:
+    t, k, e, d, f = 3000, 4, 8, 512, 640
+    case = make_case(0, t=t, k=k, e=e, d=d, f=f, activation=Activation.SWIGLU).to(torch.bfloat16)
+    args = (case.x_TD, case.ids_TK.clamp(min=0), case.gates_TK, case.weights)
+    sums = zero_sums(case.weights)
+
+    def step() -> None:
+        _, saved = moe_ffn_forward(*args, keep=True, backend=backend)
+        moe_ffn_backward(case.dy_TD, *args, saved, weight_grads=sums, backend=backend)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    taken = torch.cuda.max_memory_allocated() - before
+    shape = ExpertShape(d_model=d, d_ff=f)
+    counted = dispatch_bytes(t, k, e, shape, item_bytes=2, backend=backend, fresh=False)
+    assert taken == pytest.approx(counted, rel=0.05)

@@ -25,8 +25,9 @@ from moe_net.trace import EventSink, FaultEvent, ignore
 from moe_net.types import Encoding, ExpertId, PeerInfo
 
 
-def make_banks(run: RunConfig, experts: Sequence[ExpertId]) -> dict[int, ExpertBank]:
-    """Fresh experts of a run, one bank per layer; the same weights wherever they are made."""
+def make_banks(run: RunConfig, experts: Sequence[ExpertId], *, origin: int = 0) -> dict[int, ExpertBank]:
+    """Fresh experts of a run, one bank per layer; the same weights wherever they are made. `origin`: a number of the
+    process's own, when there are to be replicas (see `experts.lineage`)."""
     banks: dict[int, ExpertBank] = {}
     for layer in sorted({expert.layer for expert in experts}):
         banks[layer] = ExpertBank(
@@ -38,6 +39,7 @@ def make_banks(run: RunConfig, experts: Sequence[ExpertId]) -> dict[int, ExpertB
             run=run.name,
             seed=run.seed,
             init_std=run.model.init_std,
+            origin=origin,
         )
     return banks
 

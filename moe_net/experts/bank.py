@@ -14,12 +14,13 @@ from torch import Tensor
 
 from moe_net.errors import CheckpointError
 from moe_net.experts.init import init_expert
+from moe_net.experts.lineage import Lineage
 from moe_net.experts.update import StackedAdamW
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.types import ExpertWeights, Saved
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertId, ExpertShape
-from moe_net.wire.state import STATE_FIELDS, SUM_FIELDS, check_state
+from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS, SUM_FIELDS, check_state
 
 
 def memory_bytes(n_experts: int, shape: ExpertShape) -> int:
@@ -57,8 +58,10 @@ class ExpertBank:
         seed: int,
         init_std: float,
         device: torch.device | str = "cpu",
+        origin: int = 0,
     ) -> None:
-        """Fresh experts `indices` of `layer` (see `experts.init`). ValueError if indices are none, repeated or < 0."""
+        """Fresh experts `indices` of `layer` (see `experts.init`). `origin`: whose learning this is, among replicas
+        (see `experts.lineage`). ValueError if indices are none, repeated or < 0."""
         self.indices = tuple(sorted(indices))
         if not self.indices or self.indices[0] < 0 or len(set(self.indices)) < len(self.indices):
             raise ValueError(f"indices of layer {layer} must be distinct, not negative and at least one: {indices}")
@@ -66,6 +69,7 @@ class ExpertBank:
             raise ValueError(f"global_batch_tokens must be at least 1, not {global_batch_tokens}")
         self.layer = layer
         self.shape = shape
+        self.origin = origin
         self.global_batch_tokens = global_batch_tokens
         self.committed_tokens = 0
         """Towards the next step."""
@@ -81,9 +85,10 @@ class ExpertBank:
         self._weights = ExpertWeights(w_in_EDH, w_out_EFD, shape.activation)
         self._optimizer = StackedAdamW(w_in_EDH, w_out_EFD, optimizer)
         self._generation = 0  # of the weights: counts everything that changes them
-        # Pairs (row, expert) whose gradients are in the sums, and in the weights.
+        # Pairs (row, expert) whose gradients are in the sums, and that were ever stepped on here.
         self._summed_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
         self._stepped_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
+        self._lineages = [Lineage()] * len(self.indices)
 
     @property
     def device(self) -> torch.device:
@@ -95,9 +100,9 @@ class ExpertBank:
         return dict(zip(self.indices, self._optimizer.versions, strict=True))
 
     @property
-    def stepped_rows(self) -> dict[int, int]:
-        """Expert index -> rows whose gradients it has stepped on, since this bank was made."""
-        return dict(zip(self.indices, self._stepped_rows_E.tolist(), strict=True))
+    def lineages(self) -> dict[int, Lineage]:
+        """Expert index -> what its weights have learned, and from whom."""
+        return dict(zip(self.indices, self._lineages, strict=True))
 
     def slots(self, expert_index: Tensor) -> Tensor:
         """int64 slots of the same shape; -1 for an index that is not hosted here."""
@@ -165,7 +170,11 @@ class ExpertBank:
         self._optimizer.step(self.committed_tokens)
         self._generation += 1
         # Not of an expert whose sum was not finite: it has learned nothing from those rows.
-        self._stepped_rows_E += self._summed_rows_E * (torch.tensor(self._optimizer.versions) - before)
+        learned_E = self._summed_rows_E * (torch.tensor(self._optimizer.versions) - before)
+        self._stepped_rows_E += learned_E
+        for slot in learned_E.nonzero().flatten().tolist():
+            rows, version = int(learned_E[slot]), self._optimizer.versions[slot]
+            self._lineages[slot] = self._lineages[slot].plus(self.origin, rows, version)
         self._summed_rows_E.zero_()
         self.committed_tokens = 0
         return True
@@ -179,7 +188,8 @@ class ExpertBank:
         return dict(zip(SUM_FIELDS[:-1], self._optimizer.grads, strict=True))
 
     def state(self, indices: Sequence[int] | None = None, *, with_sums: bool = False) -> dict[str, Tensor]:
-        """Copies on the CPU, `{layer}.{index}.{field}` for each of STATE_FIELDS; all experts unless `indices` is given.
+        """Copies on the CPU, `{layer}.{index}.{field}` for each of STATE_FIELDS, and LINEAGE_FIELD; all experts unless
+        `indices` is given.
 
         `with_sums`: while tokens are committed towards the next step, SUM_FIELDS too, so that whoever loads the state
         makes that step as this bank would. Sums without committed tokens are of steps that may never be committed.
@@ -192,6 +202,8 @@ class ExpertBank:
             for field, stack in stacks.items():
                 state[f"{self.layer}.{index}.{field}"] = stack[slot].to("cpu", copy=True)
             state[f"{self.layer}.{index}.version"] = torch.tensor(self._optimizer.versions[slot])
+            if self._lineages[slot].seen:
+                state[f"{self.layer}.{index}.{LINEAGE_FIELD}"] = self._lineages[slot].to_tensor()
             # Sums that are not finite make no step, and a snapshot with them would be refused as a whole.
             if with_sums and self.committed_tokens > 0 and all(bool(g[slot].isfinite().all()) for g in sums.values()):
                 for field, stack in sums.items():
@@ -234,6 +246,8 @@ class ExpertBank:
             for field, stack in stacks.items():
                 stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
             self._optimizer.versions[slot] = int(state[f"{self.layer}.{index}.version"])
+            said = Lineage.from_tensor(state.get(f"{self.layer}.{index}.{LINEAGE_FIELD}"))
+            self._lineages[slot] = said.capped(self.origin, int(self._stepped_rows_E[slot])) if self.origin else said
         self._generation += 1
         return loaded
 
@@ -243,7 +257,7 @@ class ExpertBank:
 
     def _check_state(self, state: Mapping[str, Tensor]) -> list[int]:
         """The indices of the experts in a `state` that fits."""
-        fields = (*STATE_FIELDS, *SUM_FIELDS)
+        fields = (*STATE_FIELDS, *SUM_FIELDS, LINEAGE_FIELD)
         known = {f"{self.layer}.{index}.{field}" for index in self.indices for field in fields}
         if unknown := sorted(state.keys() - known):
             raise CheckpointError(f"{unknown[0]} is no expert of this bank (layer {self.layer}, {self.indices})")

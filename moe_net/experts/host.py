@@ -326,12 +326,6 @@ class ExpertHost:
                 self._journal.forget(layer)
         return len(loaded)
 
-    def stepped_rows(self, layer: int, indices: Sequence[int]) -> dict[int, int]:
-        """Expert index -> rows whose gradients it has stepped on here. UnknownExpertError as `fetch`."""
-        self.check_hosted(layer, indices)
-        stepped = self._banks[layer].stepped_rows
-        return {index: stepped[index] for index in indices}
-
     def check_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
         """CheckpointError when it holds anything but valid states of experts of this layer."""
         self._bank(layer).check_state(state)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Self, TypeVar
 
@@ -40,12 +40,12 @@ from moe_net.errors import (
 )
 from moe_net.experts.host import ExpertHost
 from moe_net.proto.v1 import expert_pb2
-from moe_net.rpc.grpc_client import PEER_ID_KEY, QUEUE_US_KEY, channel_options
+from moe_net.rpc.grpc_client import QUEUE_US_KEY, channel_options
 from moe_net.wire import codec
 from moe_net.wire.exchange import CHUNK_BYTES
 from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
 from moe_net.wire.snapshot import pack
-from moe_net.wire.validate import MAX_TRAINER_BYTES, Limits, check_rows
+from moe_net.wire.validate import Limits, check_rows
 from moe_peer.batcher import Batcher
 from moe_peer.device import DeviceThread
 from moe_peer.gossip import Meeting, Replicator
@@ -237,8 +237,7 @@ class ExpertServer:
         async with self._answering(context, "Fetch"):
             with self._fetches.one():
                 layer, indices = codec.decode_fetch_call(raw, self._limits)
-                taker = _peer_id_of(context)
-                state = await self._device.run(self._copy_state, layer, indices, taker)
+                state = await self._device.run(self._host.fetch, layer, indices)
                 data, digest = await asyncio.to_thread(_pack, state, self._run.name, self._host)
                 del state
                 await self._send_file(data, digest, context)
@@ -256,12 +255,6 @@ class ExpertServer:
                     await context.write(chunk.SerializeToString())
             except TimeoutError:
                 raise TimeoutError(f"{start} of {len(data)} bytes were taken in time, then no more") from None
-
-    def _copy_state(self, layer: int, indices: Sequence[int], taker: str | None) -> dict[str, Any]:
-        state = self._host.fetch(layer, indices)
-        if taker is not None:
-            self.replicator.fetched(taker, layer, indices)
-        return state
 
     async def _exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
         async with self._answering(context, "Exchange"):
@@ -334,14 +327,6 @@ class ExpertServer:
             yield server
         finally:
             await server.stop(grace_s=grace_s)
-
-
-def _peer_id_of(context: Context) -> str | None:
-    """The hosting peer that a Fetch says it comes from."""
-    for key, value in context.invocation_metadata() or ():
-        if key == PEER_ID_KEY and isinstance(value, str) and 0 < len(value) <= MAX_TRAINER_BYTES:
-            return value
-    return None
 
 
 def _pack(state: dict[str, Any], run: str, host: ExpertHost) -> tuple[bytes, bytes]:

@@ -460,7 +460,10 @@ Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
 
 @_typing.final
 class FetchChunk(_message.Message):
-    """The chunks, joined, are one safetensors file; `sha256` of the whole stands in the last one."""
+    """The chunks, joined, are one safetensors file; `sha256` of the whole stands in the last one. Beside weights, moments
+    and version an expert may have `lineage`, int64 [origins, 3]: of each life of a peer (a random number) that it has
+    learned from, how many rows, counted from the first, and the expert's version at the last of them; 32 at most.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -493,7 +496,6 @@ class ExchangeChunk(_message.Message):
     PEER_ID_FIELD_NUMBER: _builtins.int
     LAYER_FIELD_NUMBER: _builtins.int
     EXPERT_INDEX_FIELD_NUMBER: _builtins.int
-    ROWS_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     sha256: _builtins.bytes
     """of the whole, in the last chunk"""
@@ -502,10 +504,6 @@ class ExchangeChunk(_message.Message):
     layer: _builtins.int
     @_builtins.property
     def expert_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """rows whose gradients each expert has stepped on since these two last met"""
-
     def __init__(
         self,
         *,
@@ -514,11 +512,10 @@ class ExchangeChunk(_message.Message):
         peer_id: _builtins.str = ...,
         layer: _builtins.int = ...,
         expert_index: _abc.Iterable[_builtins.int] | None = ...,
-        rows: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "expert_index", b"expert_index", "layer", b"layer", "peer_id", b"peer_id", "rows", b"rows", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "expert_index", b"expert_index", "layer", b"layer", "peer_id", b"peer_id", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

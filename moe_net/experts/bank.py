@@ -84,6 +84,9 @@ class ExpertBank:
             w_out_EFD[slot] = w_out_FD
         self._weights = ExpertWeights(w_in_EDH, w_out_EFD, shape.activation)
         self._optimizer = StackedAdamW(w_in_EDH, w_out_EFD, optimizer)
+        self._clock = 0
+        """Steps of the run that this bank knows to be over. States of replicas may be ahead of it, when these have
+        heard of commits that we have not: what they have made is not made again when the commits come."""
         self._generation = 0  # of the weights: counts everything that changes them
         # Pairs (row, expert) whose gradients are in the sums, and that were ever stepped on here.
         self._summed_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
@@ -166,15 +169,16 @@ class ExpertBank:
         self.committed_tokens += tokens
         if self.committed_tokens < self.global_batch_tokens:
             return False
-        before = torch.tensor(self._optimizer.versions)
-        self._optimizer.step(self.committed_tokens)
-        self._generation += 1
+        self._clock += 1
+        rows_E = self._summed_rows_E.tolist()
+        # Those that a replica has brought to this step already have nothing to make up for.
+        still = {slot for slot, v in enumerate(self._optimizer.versions) if v >= self._clock and not rows_E[slot]}
         # Not of an expert whose sum was not finite: it has learned nothing from those rows.
-        learned_E = self._summed_rows_E * (torch.tensor(self._optimizer.versions) - before)
-        self._stepped_rows_E += learned_E
-        for slot in learned_E.nonzero().flatten().tolist():
-            rows, version = int(learned_E[slot]), self._optimizer.versions[slot]
-            self._lineages[slot] = self._lineages[slot].plus(self.origin, rows, version)
+        for slot in self._optimizer.step(self.committed_tokens, still=still, latest=self._clock):
+            self._stepped_rows_E[slot] += rows_E[slot]
+            version = self._optimizer.versions[slot]
+            self._lineages[slot] = self._lineages[slot].plus(self.origin, rows_E[slot], version)
+        self._generation += 1
         self._summed_rows_E.zero_()
         self.committed_tokens = 0
         return True
@@ -221,6 +225,7 @@ class ExpertBank:
         """
         untouched = self._generation == 0 and self.committed_tokens == 0
         loaded, sums = self._put_state(state), self._sums()
+        self._clock = max([self._clock, *(self.versions[index] for index in loaded)])
         committed_of = {index: int(state.get(f"{self.layer}.{index}.committed_tokens", 0)) for index in loaded}
         if loaded and (untouched or len(loaded) == len(self.indices)):
             self.committed_tokens = max(committed_of.values())

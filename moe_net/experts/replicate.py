@@ -68,7 +68,8 @@ def _put_lineage(state: dict[str, Tensor], expert: str, lineage: Lineage) -> Non
 
 
 def rebase(mean: State, now: State, sent: State) -> dict[str, Tensor]:
-    """`mean` and what happened to us meanwhile: mean + (now - sent), field by field. It has seen what both have.
+    """`mean` and what happened to us meanwhile: mean + (now - sent), field by field; the larger version, and what both
+    have seen.
 
     Second moments stay above their decay of the same time: the difference alone could take one to 0 where the other
     side's was small, and the next step would divide by that.
@@ -76,6 +77,10 @@ def rebase(mean: State, now: State, sent: State) -> dict[str, Tensor]:
     moved: dict[str, Tensor] = {}
     for name, value in mean.items():
         if name.endswith(LINEAGE_FIELD):
+            continue
+        if name.endswith(".version"):
+            # Not a sum: what we have stepped meanwhile, the other side may have as well.
+            moved[name] = torch.maximum(value, now[name])
             continue
         moved[name] = value + (now[name] - sent[name])
         if name.rpartition(".")[2] in SECOND_MOMENTS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -45,14 +46,17 @@ class StackedAdamW:
         return min(1.0, clip / (norm + 1e-6)) / tokens if clip > 0 else 1.0 / tokens
 
     @torch.no_grad()
-    def step(self, tokens: int) -> None:
+    def step(self, tokens: int, *, still: Collection[int] = (), latest: float = math.inf) -> list[int]:
         """One update of every expert by the mean over `tokens` of its gradients, and the sums start again at zero.
+        Slots in `still` do nothing, and versions do not go beyond `latest`. Returns the slots that stepped.
 
         An expert without rows steps as well, with a zero gradient, as it would in a single process. One whose sum is
         not finite does not step (weights, moments and version stay): its next gradients are its next chance.
         """
         slots_by_version: defaultdict[int, list[int]] = defaultdict(list)
         for slot, version in enumerate(self.versions):
+            if slot in still:
+                continue
             scale = self._clip_scale(slot, tokens)
             if math.isnan(scale):
                 logger.warning("expert in slot %d: gradient is not finite, step %d skipped", slot, version)
@@ -62,8 +66,11 @@ class StackedAdamW:
             slots_by_version[version].append(slot)
         for version, slots in slots_by_version.items():
             self._adamw(slots, version)
+            for slot in slots:
+                self.versions[slot] = version + (version < latest)
         for grad in self.grads:
             grad.zero_()
+        return [slot for slots in slots_by_version.values() for slot in slots]
 
     def _adamw(self, slots: list[int], version: int) -> None:
         """Step the experts in `slots`, all at `version`: one fused pass over their memory."""
@@ -88,5 +95,3 @@ class StackedAdamW:
             weight_decay=self.config.weight_decay,
             eps=self.config.eps,
         )
-        for slot in slots:
-            self.versions[slot] += 1

@@ -411,3 +411,44 @@ def test_a_replaced_state_leaves_sums_and_commits_and_ends_what_was_saved() -> N
     assert saved is not None
     dx, _ = bank.backward(dy, x, slots, gates, saved, accumulate=False)
     assert torch.equal(dx, other.backward(dy, x, slots, gates, None, accumulate=False)[0])
+
+
+def test_commits_that_come_after_a_replicas_state_do_not_make_its_steps_again() -> None:
+    """A peer that was away takes over a replica's state, and only then hears what it has missed. Each of those commits
+    was a step more for it, and by the next meeting for all: learning rates ran ahead of the run."""
+    away, there = make_bank(), make_bank()
+    for step in range(5):
+        there.backward(*make_rows(step), None)
+        there.commit(R)
+    away.replace_state(there.state())
+    for _ in range(5):
+        assert away.commit(R)
+    assert_same_state(away.state(), there.state())
+    # From here on it keeps up: an expert without rows follows its momentum, as everywhere.
+    away.commit(R)
+    there.commit(R)
+    assert_same_state(away.state(), there.state())
+    assert away.versions == {2: 6, 5: 6, 7: 6}
+
+
+def test_rows_count_also_for_an_expert_that_a_replica_has_brought_ahead_but_its_version_waits() -> None:
+    away, there = make_bank(), make_bank()
+    for step in range(3):
+        there.backward(*make_rows(step), None)
+        there.commit(R)
+    away.replace_state(there.state())
+    dy, x, slots, gates = make_rows(9)
+    away.backward(dy, x, torch.where(slots == 1, slots, -1), gates, None)
+    before = away.state()
+    away.commit(R)
+    assert away.versions == {2: 3, 5: 3, 7: 3}
+    assert [torch.equal(away.state()[f"3.{i}.w_in"], before[f"3.{i}.w_in"]) for i in (2, 5, 7)] == [True, False, True]
+
+
+def test_a_bank_that_begins_with_loaded_experts_counts_on_from_their_steps() -> None:
+    whole, joined = make_bank(), make_bank()
+    run_steps(whole, 0, 4)
+    joined.load_state(whole.state())
+    whole.commit(R)
+    joined.commit(R)
+    assert_same_state(whole.state(), joined.state())

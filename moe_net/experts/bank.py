@@ -6,7 +6,7 @@ H columns of the first projection (2F for SwiGLU: gate then up; F for GELU).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +17,32 @@ from moe_net.experts.init import init_expert
 from moe_net.experts.lineage import Lineage
 from moe_net.experts.update import StackedAdamW
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
-from moe_net.kernels.types import ExpertWeights, Saved
+from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertId, ExpertShape
+from moe_net.wire.share import ExpertShare
 from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS, SUM_FIELDS, check_state
 
 
 def memory_bytes(n_experts: int, shape: ExpertShape) -> int:
     """What a bank keeps for `n_experts`: weights, gradient sums and two moments, 16 bytes a parameter.
 
-    Kept inputs and scratch of the calls in flight come on top.
+    Kept inputs and scratch of the calls in flight come on top, and while replicas make a step together up to 12 bytes a
+    parameter: sums of the next step, and copies of those that are shared.
     """
     return n_experts * shape.d_model * (shape.d_hidden + shape.d_ff) * 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClosedSums:
+    """What the experts of one bank shall step on."""
+
+    grads: WeightGrads
+    rows_E: tuple[int, ...]
+    """Pairs that they are of."""
+    tokens: int
+    detached: bool
+    """Whether the bank sums up in others meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,24 +178,77 @@ class ExpertBank:
 
     def commit(self, tokens: int) -> bool:
         """Count `tokens` whose gradients are complete; True if that was the batch, and the experts made their step."""
+        closed = self.close(tokens)
+        if closed is not None:
+            self.step(closed)
+        return closed is not None
+
+    def close(self, tokens: int, *, detach: bool = False) -> ClosedSums | None:
+        """Count `tokens` as `commit` does; if that was the batch, what the experts shall `step` on. With `detach` other
+        calls may come before that: their gradients belong to the next step."""
         if tokens < 0:
             raise ValueError(f"cannot commit {tokens} tokens")
         self.committed_tokens += tokens
         if self.committed_tokens < self.global_batch_tokens:
-            return False
+            return None
+        closed = ClosedSums(
+            grads=self._optimizer.detach_grads() if detach else self._optimizer.grads,
+            rows_E=tuple(self._summed_rows_E.tolist()),
+            tokens=self.committed_tokens,
+            detached=detach,
+        )
         self._clock += 1
-        rows_E = self._summed_rows_E.tolist()
-        # Those that a replica has brought to this step already have nothing to make up for.
-        still = {slot for slot, v in enumerate(self._optimizer.versions) if v >= self._clock and not rows_E[slot]}
-        # Not of an expert whose sum was not finite: it has learned nothing from those rows.
-        for slot in self._optimizer.step(self.committed_tokens, still=still, latest=self._clock):
-            self._stepped_rows_E[slot] += rows_E[slot]
-            version = self._optimizer.versions[slot]
-            self._lineages[slot] = self._lineages[slot].plus(self.origin, rows_E[slot], version)
-        self._generation += 1
         self._summed_rows_E.zero_()
         self.committed_tokens = 0
-        return True
+        return closed
+
+    def shares(self, closed: ClosedSums, indices: Collection[int]) -> dict[int, ExpertShare]:
+        """Copies of those of the closed sums that hold anything, for replicas; on the CPU."""
+        shares: dict[int, ExpertShare] = {}
+        for slot, rows in enumerate(closed.rows_E):
+            g_in, g_out = (grad[slot] for grad in closed.grads)
+            if rows and self.indices[slot] in indices and bool(g_in.isfinite().all()) and bool(g_out.isfinite().all()):
+                shares[self.indices[slot]] = ExpertShare(
+                    rows=rows,
+                    rows_before=int(self._stepped_rows_E[slot]),
+                    g_in=g_in.to("cpu", copy=True),
+                    g_out=g_out.to("cpu", copy=True),
+                )
+        return shares
+
+    def step(self, closed: ClosedSums, shares: Mapping[int, Mapping[int, ExpertShare]] | None = None) -> None:
+        """The experts' step on `closed`, and on what replicas add: index -> origin -> share. Replicas with the same
+        weights that step on the same shares are the same to the bit afterwards."""
+        parts_of = {self._slot_of[index]: parts for index, parts in (shares or {}).items()}
+        for slot, parts in parts_of.items():
+            self._add_shares(closed, slot, parts)
+        # Those that a replica has brought to this step already have nothing to make up for.
+        still = {
+            slot
+            for slot, version in enumerate(self._optimizer.versions)
+            if version >= self._clock and not closed.rows_E[slot] and not parts_of.get(slot)
+        }
+        # Not of an expert whose sum was not finite: it has learned nothing from those rows.
+        for slot in self._optimizer.step(closed.tokens, closed.grads, still=still, latest=self._clock):
+            self._stepped_rows_E[slot] += closed.rows_E[slot]
+            version, lineage = self._optimizer.versions[slot], self._lineages[slot]
+            lineage = lineage.plus(self.origin, closed.rows_E[slot], version)
+            for origin, share in parts_of.get(slot, {}).items():
+                # A lineage says how many of an origin's rows, from its first: not so if we lack some before these.
+                if lineage.rows_of(origin) == share.rows_before:
+                    lineage = lineage.plus(origin, share.rows, version)
+            self._lineages[slot] = lineage
+        self._generation += 1
+
+    def _add_shares(self, closed: ClosedSums, slot: int, parts: Mapping[int, ExpertShare]) -> None:
+        """In the order of origins, ours among them: addition of floats is not associative."""
+        for which, own in enumerate(closed.grads):
+            terms = {origin: (share.g_in, share.g_out)[which] for origin, share in parts.items()}
+            if closed.rows_E[slot]:
+                terms[self.origin] = own[slot].clone()
+            own[slot].zero_()
+            for _, term in sorted(terms.items(), key=lambda one: one[0]):
+                own[slot].add_(term.to(own.device))
 
     def _stacks(self) -> dict[str, Tensor]:
         optimizer = self._optimizer

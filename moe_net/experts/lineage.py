@@ -38,8 +38,13 @@ class Lineage:
         """After `rows` more of `origin`, at the step that led to `version`."""
         if rows <= 0:
             return self
-        before = self.seen.get(origin, Seen(0, 0)).rows
-        return Lineage(_newest([*self.seen.items(), (origin, Seen(min(MAX_COUNT, before + rows), version))]))
+        now = Seen(min(MAX_COUNT, self.rows_of(origin) + rows), version)
+        return Lineage(_newest([*self.seen.items(), (origin, now)]))
+
+    def rows_of(self, origin: int) -> int:
+        """How many of its rows are in."""
+        known = self.seen.get(origin)
+        return 0 if known is None else known.rows
 
     def merged(self, other: Lineage) -> Lineage:
         """What a mean of both has seen."""
@@ -47,11 +52,7 @@ class Lineage:
 
     def unseen_by(self, other: Lineage) -> int:
         """Rows that are in here and not there."""
-        return sum(
-            max(0, self.seen[origin].rows - (other.seen[origin].rows if origin in other.seen else 0))
-            for origin in self.merged(other).seen
-            if origin in self.seen
-        )
+        return sum(max(0, self.rows_of(origin) - other.rows_of(origin)) for origin in self.merged(other).seen)
 
     def capped(self, origin: int, rows: int) -> Lineage:
         """With no more than `rows` of `origin`: who is that origin knows better than any stranger."""

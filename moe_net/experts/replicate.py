@@ -69,25 +69,31 @@ def _put_lineage(state: dict[str, Tensor], expert: str, lineage: Lineage) -> Non
 
 def rebase(mean: State, now: State, sent: State) -> dict[str, Tensor]:
     """`mean` and what happened to us meanwhile: mean + (now - sent), field by field; the larger version, and what both
-    have seen.
+    have seen. When the mean has seen all of it (the other side made the same steps, with our rows), just the mean; and
+    just our own state where the mean is what we sent.
 
     Second moments stay above their decay of the same time: the difference alone could take one to 0 where the other
     side's was small, and the next step would divide by that.
     """
     moved: dict[str, Tensor] = {}
-    for name, value in mean.items():
-        if name.endswith(LINEAGE_FIELD):
-            continue
-        if name.endswith(".version"):
-            # Not a sum: what we have stepped meanwhile, the other side may have as well.
-            moved[name] = torch.maximum(value, now[name])
-            continue
-        moved[name] = value + (now[name] - sent[name])
-        if name.rpartition(".")[2] in SECOND_MOMENTS:
-            decay = torch.where(sent[name] > 0, now[name] / sent[name], 1.0).clamp_(max=1.0)
-            moved[name] = torch.maximum(moved[name], value * decay)
     for expert in experts_of(mean):
-        _put_lineage(moved, expert, lineage_of(mean, expert).merged(lineage_of(now, expert)))
+        theirs, ours = lineage_of(mean, expert), lineage_of(now, expert)
+        version = f"{expert}.version"
+        contained = ours.unseen_by(theirs) == 0 and int(now[version]) <= int(mean[version])
+        for field in STATE_FIELDS[:-1]:
+            name = f"{expert}.{field}"
+            if contained:
+                moved[name] = mean[name]
+            elif torch.equal(mean[name], sent[name]):
+                moved[name] = now[name]
+            else:
+                moved[name] = mean[name] + (now[name] - sent[name])
+                if field in SECOND_MOMENTS:
+                    decay = torch.where(sent[name] > 0, now[name] / sent[name], 1.0).clamp_(max=1.0)
+                    moved[name] = torch.maximum(moved[name], mean[name] * decay)
+        # Not a sum either: what we have stepped meanwhile, the other side may have as well.
+        moved[version] = torch.maximum(mean[version], now[version])
+        _put_lineage(moved, expert, theirs.merged(ours))
     return moved
 
 

@@ -20,7 +20,7 @@ from moe_net.errors import CheckpointError, LimitError, WireError
 from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.served import note_served
-from moe_net.types import ExpertShape, PeerInfo
+from moe_net.types import ExpertId, ExpertShape, PeerInfo
 from moe_net.wire import codec
 from moe_net.wire.exchange import ChunkReader, ExchangeHead, write_chunks
 from moe_net.wire.messages import (
@@ -31,6 +31,7 @@ from moe_net.wire.messages import (
     ForwardAnswer,
     ForwardCall,
 )
+from moe_net.wire.share import Share, ShareCall, max_share_bytes, share_from_state
 from moe_net.wire.snapshot import pack, unpack
 from moe_net.wire.state import check_state, max_state_bytes
 from moe_net.wire.validate import Limits
@@ -110,6 +111,7 @@ class GrpcTransport:
                 for name in ("Forward", "Backward", "Commit", "Info")
             }
             methods["Fetch"] = channel.unary_stream(SERVICE + "Fetch", None, None)
+            methods["Share"] = channel.unary_stream(SERVICE + "Share", None, None)
             methods["Exchange"] = channel.stream_stream(SERVICE + "Exchange", None, None)
             link = self._links[address] = _Link(channel, methods)
         return link
@@ -176,6 +178,26 @@ class GrpcTransport:
         finally:
             stream.cancel()  # nothing, unless we left before its end
         return state
+
+    async def share(self, peer: PeerInfo, call: ShareCall, *, timeout_s: float) -> Share:
+        """A replica's part of a step. CallError as everywhere; INPUTS_GONE: that step is over there."""
+        request = codec.encode_share_call(call)
+        self.traffic.calls += 1
+        self.traffic.sent_bytes += len(request)
+        stream = self._link(peer.address).methods["Share"](request, timeout=timeout_s)
+        try:
+            limit_bytes = max_share_bytes(len(call.experts), self._shape)
+            whole = await self._read_file(peer, stream, limit_bytes=limit_bytes)
+            return await asyncio.to_thread(self._read_share, whole, call.experts)
+        except (CheckpointError, WireError) as error:
+            detail = f"unusable share of a step: {error}"
+            raise CallError(CallFailure.REFUSED, peer.peer_id, detail) from error
+        finally:
+            stream.cancel()  # nothing, unless we left before its end
+
+    def _read_share(self, whole: bytes, asked: Sequence[ExpertId]) -> Share:
+        state = unpack(whole, run=self._run, shape=self._shape)
+        return share_from_state(state, asked=asked, shape=self._shape)
 
     async def _read_file(self, peer: PeerInfo, stream: Any, *, limit_bytes: int) -> bytes:
         """The chunks of a Fetch, joined. LimitError as soon as they are more than `limit_bytes`; WireError."""

@@ -110,8 +110,12 @@ async def _serve(config: ServeConfig) -> None:
         await stack.enter_async_context(
             Announcer(discovery, identity, run=run.name, address=address, experts=experts, ttl_s=run.record_ttl_s)
         )
-        if config.exchange_every_s > 0:
+        directory = None
+        if config.share_gradients or config.exchange_every_s > 0:
             directory = await stack.enter_async_context(DirectoryWatcher(discovery))
+        if directory is not None and config.share_gradients:
+            server.sharing.begin(transport.share, lambda: directory.view)
+        if directory is not None and config.exchange_every_s > 0:
             await stack.enter_async_context(
                 Gossip(
                     server.replicator,

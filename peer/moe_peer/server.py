@@ -49,6 +49,7 @@ from moe_net.wire.validate import Limits, check_rows
 from moe_peer.batcher import Batcher
 from moe_peer.device import DeviceThread
 from moe_peer.gossip import Meeting, Replicator
+from moe_peer.sharing import Sharing
 from moe_peer.streams import FewReflections, FewWatches, Places
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ log = logging.getLogger(__name__)
 SERVICE = "moe_net.v1.ExpertService"
 MAX_FETCHES = 2
 """At once: each holds its layer's state twice, as tensors and as a file."""
+MAX_SHARES = 16
+"""At once, most of them waiting for the commit that closes the step."""
 CHUNK_TIMEOUT_S = 30.0
 """For a chunk of Fetch to be taken. Who does not read must not hold one of the few places."""
 MIN_FETCH_BYTES_PER_S = 64 * 1024
@@ -139,6 +142,8 @@ class ExpertServer:
         self.replicator = Replicator(host, self._device, run=run.name, peer_id=peer_id, on_meeting=on_meeting)
         fitting_calls = 8 * max_queue_bytes // self._limits.max_message_bytes
         self._max_concurrent_calls = max_concurrent_calls or min(max(fitting_calls, 64), 512)
+        self.sharing = Sharing(host, self._device.run, peer_id=peer_id)
+        self._shares = Places("Share", MAX_SHARES)
         self._fetches = Places("Fetch", MAX_FETCHES)
         self._chunk_timeout_s = chunk_timeout_s
         self._health = FewWatches()
@@ -186,6 +191,7 @@ class ExpertServer:
         if self._server is not None:
             await self._server.stop(grace_s)
             self._server = None
+        await self.sharing.close()
         await self._stack.aclose()
 
     def _handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
@@ -201,6 +207,7 @@ class ExpertServer:
                 "Backward": unary(self._backward),
                 "Commit": unary(self._commit),
                 "Fetch": grpc.unary_stream_rpc_method_handler(self._fetch),
+                "Share": grpc.unary_stream_rpc_method_handler(self._share),
                 "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
             },
         )
@@ -224,8 +231,7 @@ class ExpertServer:
     async def _commit(self, raw: bytes, context: Context) -> bytes:
         async with self._answering(context, "Commit"):
             call = codec.decode_commit_call(raw)
-            # Once begun it is applied whole, whether or not the caller is still there to hear of it.
-            return codec.encode_commit_answer(await self._device.run(self._host.commit, call))
+            return codec.encode_commit_answer(await self.sharing.commit(call))
         raise AssertionError("unreachable: _answering does not swallow")
 
     async def _info(self, raw: bytes, context: Context) -> bytes:
@@ -240,6 +246,15 @@ class ExpertServer:
                 state = await self._device.run(self._host.fetch, layer, indices)
                 data, digest = await asyncio.to_thread(_pack, state, self._run.name, self._host)
                 del state
+                await self._send_file(data, digest, context)
+
+    async def _share(self, raw: bytes, context: Context) -> None:
+        async with self._answering(context, "Share"):
+            with self._shares.one():
+                call = codec.decode_share_call(raw, self._limits)
+                share = await self.sharing.answer(call, limit_s=context.time_remaining())
+                data, digest = await asyncio.to_thread(_pack, share.to_state(), self._run.name, self._host)
+                del share
                 await self._send_file(data, digest, context)
 
     async def _send_file(self, data: bytes, digest: bytes, context: Context) -> None:

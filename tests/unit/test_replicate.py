@@ -100,12 +100,14 @@ def test_steps_made_meanwhile_are_added_to_the_mean() -> None:
 def test_second_moments_never_fall_below_their_own_decay(share: float, decay: float) -> None:
     sent = state(1)
     mean = {n: v * share for n, v in sent.items()}
-    now = {n: v * decay for n, v in sent.items()}
+    now = {n: v * decay for n, v in sent.items()} | {"0.3.version": torch.tensor(1)}
+    now["0.3.lineage"] = Lineage().plus(1, 5, 1).to_tensor()
     moved = rebase(mean, now, sent)
     for name in ("0.3.v_in", "0.3.v_out"):
         assert bool((moved[name] >= mean[name] * decay * (1 - 1e-5)).all())
     zero = {n: torch.zeros_like(v) for n, v in sent.items()}
-    assert all(bool(torch.isfinite(v).all()) for v in rebase(mean, sent, zero).values())
+    stepped = sent | {"0.3.lineage": now["0.3.lineage"]}
+    assert all(bool(torch.isfinite(v).all()) for v in rebase(mean, stepped, zero).values())
 
 
 def test_divergence_is_relative_and_of_the_expert_furthest_apart() -> None:
@@ -118,3 +120,15 @@ def test_divergence_is_relative_and_of_the_expert_furthest_apart() -> None:
     assert divergence(a, b) == divergence(b, a) == pytest.approx(0.1 / ((1 + 1.1**2) / 2) ** 0.5, rel=1e-5)
     zero = {n: torch.zeros_like(v) for n, v in a.items()}
     assert divergence(zero, zero) == 0
+
+
+def test_a_step_that_both_made_while_they_met_counts_once() -> None:
+    """Sharing replicas step on the same rows: the mean of a state sent before and one of after that step has it whole,
+    and what the sender has made meanwhile is the same step."""
+    sent, stepped = state(1, version=4, rows=3), state(2, version=5)
+    stepped["0.3.lineage"] = Lineage().plus(1, 3, 4).plus(1, 2, 5).plus(2, 2, 5).to_tensor()
+    met = rebase(average(stepped, sent), stepped, sent)
+    assert all(torch.equal(met[name], value) for name, value in stepped.items())
+    # The other side steps after it has answered: it will be where we are.
+    early = rebase(average(sent, sent), stepped, sent)
+    assert all(torch.equal(early[name], value) for name, value in stepped.items())

@@ -486,6 +486,57 @@ class FetchChunk(_message.Message):
 Global___FetchChunk: _TypeAlias = FetchChunk  # noqa: Y015
 
 @_typing.final
+class LayerExperts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    EXPERT_INDEX_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    @_builtins.property
+    def expert_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        expert_index: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_index", b"expert_index", "layer", b"layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerExperts: _TypeAlias = LayerExperts  # noqa: Y015
+
+@_typing.final
+class ShareRequest(_message.Message):
+    """The answer's chunks, joined, are one safetensors file: `origin` (see lineage), int64, and of each expert that had rows
+    `{layer}.{index}.rows`, int64 [2] (of this step, and the origin's before it), and the sums `g_in` and `g_out`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    batch: _builtins.bytes
+    """which step: SHA-256 of the commits that close it, 32 bytes"""
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]: ...
+    def __init__(
+        self,
+        *,
+        batch: _builtins.bytes = ...,
+        experts: _abc.Iterable[Global___LayerExperts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "experts", b"experts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareRequest: _TypeAlias = ShareRequest  # noqa: Y015
+
+@_typing.final
 class ExchangeChunk(_message.Message):
     """The chunks, joined, are one safetensors file as in FetchChunk. In the first one: what it is about."""
 

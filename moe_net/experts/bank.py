@@ -99,8 +99,6 @@ class ExpertBank:
         self._weights = ExpertWeights(w_in_EDH, w_out_EFD, shape.activation)
         self._optimizer = StackedAdamW(w_in_EDH, w_out_EFD, optimizer)
         self._clock = 0
-        """Steps of the run that this bank knows to be over. States of replicas may be ahead of it, when these have
-        heard of commits that we have not: what they have made is not made again when the commits come."""
         self._generation = 0  # of the weights: counts everything that changes them
         # Pairs (row, expert) whose gradients are in the sums, and that were ever stepped on here.
         self._summed_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
@@ -115,6 +113,12 @@ class ExpertBank:
     def versions(self) -> dict[int, int]:
         """Expert index -> optimizer steps made."""
         return dict(zip(self.indices, self._optimizer.versions, strict=True))
+
+    @property
+    def clock(self) -> int:
+        """Steps of the run that this bank knows to be over. States of replicas may be ahead of it, when these have
+        heard of commits that we have not: what they have made is not made again when the commits come."""
+        return self._clock
 
     @property
     def lineages(self) -> dict[int, Lineage]:
@@ -216,9 +220,15 @@ class ExpertBank:
                 )
         return shares
 
-    def step(self, closed: ClosedSums, shares: Mapping[int, Mapping[int, ExpertShare]] | None = None) -> None:
+    def step(
+        self, closed: ClosedSums, shares: Mapping[int, Mapping[int, ExpertShare]] | None = None, *, clock: int = 0
+    ) -> None:
         """The experts' step on `closed`, and on what replicas add: index -> origin -> share. Replicas with the same
-        weights that step on the same shares are the same to the bit afterwards."""
+        weights that step on the same shares are the same to the bit afterwards.
+
+        `clock`: as replicas have it with this step. Who joined later has not heard of all commits, and never will.
+        """
+        self._clock = max(self._clock, min(clock, max(self._optimizer.versions) + 1))
         parts_of = {self._slot_of[index]: parts for index, parts in (shares or {}).items()}
         for slot, parts in parts_of.items():
             self._add_shares(closed, slot, parts)

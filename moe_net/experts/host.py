@@ -297,7 +297,8 @@ class ExpertHost:
         for layer, sums in closed.sums.items():
             shares = self._banks[layer].shares(sums, {expert.index for expert in shared if expert.layer == layer})
             experts |= {ExpertId(layer, index): share for index, share in shares.items()}
-        return Share(origin=self.origin, experts=experts)
+        clock = max(self._banks[layer].clock for layer in closed.sums)
+        return Share(origin=self.origin, clock=clock, experts=experts)
 
     def finish_commit(self, closed: Closed, shares: Sequence[Share] = ()) -> None:
         """The step, on our sums and on what replicas add to them; `shares` of no experts but those hosted here."""
@@ -309,7 +310,7 @@ class ExpertHost:
                 for expert, share in experts.items():
                     if expert.layer == layer:
                         by_index.setdefault(expert.index, {})[origin] = share
-            self._banks[layer].step(sums, by_index)
+            self._banks[layer].step(sums, by_index, clock=max((share.clock for share in shares), default=0))
             if sums.detached:
                 self._journal.weights_changed(layer, self._book.last_committed_step)
 

@@ -43,11 +43,13 @@ class Share:
 
     origin: int
     """Whose rows these are (see `experts.lineage`)."""
+    clock: int
+    """Steps of the run, with this one."""
     experts: Mapping[ExpertId, ExpertShare]
 
     def to_state(self) -> dict[str, Tensor]:
         """For `wire.snapshot.pack`."""
-        state = {"origin": torch.tensor(self.origin)}
+        state = {"origin": torch.tensor(self.origin), "clock": torch.tensor(self.clock)}
         for expert, share in self.experts.items():
             state[f"{expert}.rows"] = torch.tensor([share.rows, share.rows_before])
             state[f"{expert}.g_in"], state[f"{expert}.g_out"] = share.g_in, share.g_out
@@ -56,18 +58,23 @@ class Share:
 
 def share_from_state(state: Mapping[str, Tensor], *, asked: Collection[ExpertId], shape: ExpertShape) -> Share:
     """The share in `state`, of no experts but those `asked` for. CheckpointError when it is none, or not usable."""
-    origin = state.get("origin")
-    if origin is None or origin.dtype != torch.int64 or origin.ndim or int(origin) < 1:
-        raise CheckpointError("origin: a share of gradients is one replica's")
-    named = {name.rpartition(".")[0] for name in state if name != "origin"}
+    origin, clock = (_number(state, name) for name in ("origin", "clock"))
+    named = {name.rpartition(".")[0] for name in state if name not in ("origin", "clock")}
     experts: dict[ExpertId, ExpertShare] = {}
     for expert in asked:
         if str(expert) in named:
             named.discard(str(expert))
             experts[expert] = _expert_share(state, str(expert), shape)
-    if named or len(state) != 1 + 3 * len(experts):
+    if named or len(state) != 2 + 3 * len(experts):
         raise CheckpointError("a share of gradients with more in it than was asked for")
-    return Share(origin=int(origin), experts=experts)
+    return Share(origin=origin, clock=clock, experts=experts)
+
+
+def _number(state: Mapping[str, Tensor], name: str) -> int:
+    value = state.get(name)
+    if value is None or value.dtype != torch.int64 or value.ndim or int(value) < 1:
+        raise CheckpointError(f"{name} is missing, or no positive number")
+    return int(value)
 
 
 def _expert_share(state: Mapping[str, Tensor], name: str, shape: ExpertShape) -> ExpertShare:

@@ -17,7 +17,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any, Protocol
 
@@ -171,7 +171,7 @@ class Sharing:
                 self._without(peer, partner, str(error))
             return None
         partner.answered(now_s() - began_s)
-        return share if share.experts else None
+        return share
 
     def _without(self, peer: PeerInfo, partner: _Partner, why: str) -> None:
         partner.failed()
@@ -185,7 +185,8 @@ class Sharing:
                     raise InputsGoneError("batch: that step is over here")
                 await self._closing.wait()
         share = self._share
-        return Share(origin=share.origin, experts={e: share.experts[e] for e in call.experts if e in share.experts})
+        experts = {expert: share.experts[expert] for expert in call.experts if expert in share.experts}
+        return replace(share, experts=experts)
 
     async def close(self) -> None:
         """Finish what has begun."""

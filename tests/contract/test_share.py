@@ -165,7 +165,7 @@ def forged(state: dict[str, Tensor]) -> list[bytes]:
 def some_share(index: int = 0, value: float = 0.0) -> dict[str, Tensor]:
     sums = {"g_in": (D, SHAPE.d_hidden), "g_out": (SHAPE.d_ff, D)}
     grads = {f"1.{index}.{name}": torch.full(size, value) for name, size in sums.items()}
-    return {"origin": torch.tensor(7), f"1.{index}.rows": torch.tensor([3, 0]), **grads}
+    return {"origin": torch.tensor(7), "clock": torch.tensor(1), f"1.{index}.rows": torch.tensor([3, 0]), **grads}
 
 
 LIES: dict[str, Callable[[], list[bytes]]] = {

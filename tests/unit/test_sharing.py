@@ -250,6 +250,28 @@ async def test_replicas_that_close_other_batches_do_not_mix_them() -> None:
         await swarm.peers["a"].sharing.answer(ShareCall(batch=b"?" * 32, experts=ALL), limit_s=0.01)
 
 
+async def test_a_newcomer_that_has_missed_commits_counts_steps_as_the_others_do() -> None:
+    swarm = Swarm()
+    a, b = swarm.add("a"), swarm.add("b", shares=False)
+    for step in range(5):
+        if step == 3:
+            for layer in (0, 1):
+                b.load_state(a.fetch(layer, (), with_sums=False))
+        backward(a, step, step)
+        await swarm.commit("a")
+    # They meet: b is ahead of the commits that it has heard of, and will hear of no others.
+    swarm.peers["b"].sharing.begin(swarm.ask, swarm.view)
+    for layer in (0, 1):
+        b.replace_state(layer, a.fetch(layer, (), with_sums=False))
+    swarm.peers["a"].sharing._partners.clear()
+    for step in range(5, 8):
+        backward(a, step, step)
+        backward(b, step, 100 + step)
+        await swarm.commit("a", "b")
+        assert_equal(a, b)
+    assert b.versions[0] == dict.fromkeys(range(RUN.model.n_experts), 8)
+
+
 async def test_a_caller_that_leaves_does_not_leave_half_a_commit() -> None:
     swarm = Swarm()
     a, b = swarm.add("a"), swarm.add("b")
@@ -329,7 +351,7 @@ def test_nothing_is_learned_twice_or_lost_whoever_misses_which_step(deaths: list
 
 def share_state() -> dict[str, Tensor]:
     zeros = {"0.1.g_in": torch.zeros(D, SHAPE.d_hidden), "0.1.g_out": torch.zeros(SHAPE.d_ff, D)}
-    return {"origin": torch.tensor(5), "0.1.rows": torch.tensor([3, 0]), **zeros}
+    return {"origin": torch.tensor(5), "clock": torch.tensor(1), "0.1.rows": torch.tensor([3, 0]), **zeros}
 
 
 @pytest.mark.parametrize(
@@ -337,6 +359,7 @@ def share_state() -> dict[str, Tensor]:
     [
         ({"origin": torch.tensor(0)}, "origin"),
         ({"origin": torch.tensor([5])}, "origin"),
+        ({"clock": torch.tensor(-1)}, "clock"),
         ({"0.1.rows": torch.tensor([0, 0])}, "rows is 0"),
         ({"0.1.rows": torch.tensor([1, -1])}, "after -1"),
         ({"0.1.rows": torch.tensor([1, 2**60])}, "must be"),

@@ -510,8 +510,9 @@ Global___LayerExperts: _TypeAlias = LayerExperts  # noqa: Y015
 
 @_typing.final
 class ShareRequest(_message.Message):
-    """The answer's chunks, joined, are one safetensors file: `origin` (see lineage), int64, and of each expert that had rows
-    `{layer}.{index}.rows`, int64 [2] (of this step, and the origin's before it), and the sums `g_in` and `g_out`.
+    """The answer's chunks, joined, are one safetensors file: int64 `origin` (see lineage) and `clock` (steps of the run, with
+    this one), and of each expert that had rows `{layer}.{index}.rows`, int64 [2] (of this step, and the origin's before
+    it), and the sums `g_in` and `g_out`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

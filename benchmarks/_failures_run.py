@@ -23,7 +23,7 @@ from moe_net.data.batches import Batches, eval_batches
 from moe_net.data.corpus import join, load_corpus
 from moe_net.errors import NoLiveExpertsError
 from moe_net.experts.host import ExpertHost
-from moe_net.experts.replicate import Meetings, average
+from moe_net.experts.replicate import average
 from moe_net.model import remote_moe
 from moe_net.model.config import ModelConfig, RouterConfig
 from moe_net.model.remote_moe import SwarmLink
@@ -149,7 +149,6 @@ class Gossip:
 
     def __init__(self, hosts: Mapping[str, ExpertHost]) -> None:
         self._hosts = hosts
-        self._met = {name: Meetings() for name in hosts}
 
     async def meet(self, alive: Callable[[str], bool]) -> None:
         for a, b in combinations([name for name in self._hosts if alive(name)], 2):
@@ -158,13 +157,10 @@ class Gossip:
                 self._average(a, b, layer, [expert.index for expert in shared if expert.layer == layer])
 
     def _average(self, a: str, b: str, layer: int, indices: list[int]) -> None:
-        stepped = {name: self._hosts[name].stepped_rows(layer, indices) for name in (a, b)}
         state = {name: self._hosts[name].fetch(layer, indices, with_sums=False) for name in (a, b)}
-        rows = {me: self._met[me].rows_since(other, layer, stepped[me]) for me, other in ((a, b), (b, a))}
-        mean = average(state[a], state[b], rows[a], rows[b])
-        for me, other in ((a, b), (b, a)):
+        mean = average(state[a], state[b])
+        for me in (a, b):
             self._hosts[me].replace_state(layer, mean)
-            self._met[me].met(other, layer, stepped[me])
 
 
 def make_run(case: Case) -> RunConfig:
@@ -197,7 +193,9 @@ def train(case: Case) -> dict[str, float]:
         for i, name in enumerate(names)
     }
     view = View(PeerInfo(peer_id=name, address="", experts=experts) for name, experts in dealt.items())
-    hosts = {name: ExpertHost(make_banks(run, experts)) for name, experts in dealt.items()}
+    hosts = {
+        name: ExpertHost(make_banks(run, experts, origin=1 + i)) for i, (name, experts) in enumerate(dealt.items())
+    }
     draw = random.Random(1000 + case.seed)
     churn = Churn(names, case.fraction, 1000 + case.seed) if case.faults == "servers" else None
     fails: Callable[[str], bool] = lambda name: False  # noqa: E731

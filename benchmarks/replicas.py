@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -95,13 +96,14 @@ def plot(path: Path, curves: Mapping[str, Curve]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plot", type=Path, help="write the curves here, as PNG")
+    parser.add_argument("--seed", type=int, default=RUN.seed)
     parser.add_argument("--out", type=Path, help="keep logs and metrics here")
     arguments = parser.parse_args()
     end_cleanly_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = arguments.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.toml").write_text(to_toml(RUN))
+        (folder / "run.toml").write_text(to_toml(replace(RUN, seed=arguments.seed)))
         (folder / "faults.toml").write_text(FAULTS)
         shared = ("--peers", "2", "--replicas", "2", "--spread-replicas")
         runs = {

@@ -27,8 +27,11 @@ from moe_net.trace import EventSink, FaultEvent, ignore
 from moe_net.types import Encoding, ExpertId, PeerInfo
 
 
-def make_banks(run: RunConfig, experts: Sequence[ExpertId], *, device: str = "cpu") -> dict[int, ExpertBank]:
-    """Fresh experts of a run, one bank per layer; the same weights wherever they are made.
+def make_banks(
+    run: RunConfig, experts: Sequence[ExpertId], *, device: str = "cpu", origin: int = 0
+) -> dict[int, ExpertBank]:
+    """Fresh experts of a run, one bank per layer; the same weights wherever they are made. `origin`: a number of the
+    process's own, when there are to be replicas (see `experts.lineage`).
 
     On a CUDA device they compute in bf16, or in fp16 where the device has no bf16.
     """
@@ -48,6 +51,7 @@ def make_banks(run: RunConfig, experts: Sequence[ExpertId], *, device: str = "cp
             init_std=run.model.init_std,
             device=device,
             compute_dtype=dtype,
+            origin=origin,
         )
     return banks
 

@@ -6,7 +6,7 @@ H columns of the first projection (2F for SwiGLU: gate then up; F for GELU).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,22 +14,37 @@ from torch import Tensor
 
 from moe_net.errors import CheckpointError
 from moe_net.experts.init import init_expert
+from moe_net.experts.lineage import Lineage
 from moe_net.experts.update import StackedAdamW
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.graphed import GraphedExperts
-from moe_net.kernels.types import ExpertWeights, Saved
+from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertId, ExpertShape
-from moe_net.wire.state import STATE_FIELDS, SUM_FIELDS, check_state
+from moe_net.wire.share import ExpertShare
+from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS, SUM_FIELDS, check_state
 
 
 def memory_bytes(n_experts: int, shape: ExpertShape, *, compute_bytes: int = 0) -> int:
     """What a bank keeps for `n_experts`: weights, gradient sums and two moments, 16 bytes a parameter, and copies of
     the weights of `compute_bytes` a parameter (2 on a GPU).
 
-    Kept inputs and scratch of the calls in flight (`kernels.memory`) come on top.
+    Kept inputs and scratch of the calls in flight (`kernels.memory`) come on top, and while replicas make a step
+    together up to 12 bytes a parameter: sums of the next step, and copies of those that are shared.
     """
     return n_experts * shape.d_model * (shape.d_hidden + shape.d_ff) * (16 + compute_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClosedSums:
+    """What the experts of one bank shall step on."""
+
+    grads: WeightGrads
+    rows_E: tuple[int, ...]
+    """Pairs that they are of."""
+    tokens: int
+    detached: bool
+    """Whether the bank sums up in others meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,9 +74,11 @@ class ExpertBank:
         seed: int,
         init_std: float,
         device: torch.device | str = "cpu",
+        origin: int = 0,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Fresh experts `indices` of `layer` (see `experts.init`). ValueError if indices are none, repeated or < 0.
+        """Fresh experts `indices` of `layer` (see `experts.init`). `origin`: whose learning this is, among replicas
+        (see `experts.lineage`). ValueError if indices are none, repeated or < 0.
 
         With another `compute_dtype` (bf16 is what a GPU is fast in) the experts run on rounded copies of their weights,
         which a step renews; weights, gradient sums and moments stay fp32.
@@ -73,6 +90,7 @@ class ExpertBank:
             raise ValueError(f"global_batch_tokens must be at least 1, not {global_batch_tokens}")
         self.layer = layer
         self.shape = shape
+        self.origin = origin
         self.global_batch_tokens = global_batch_tokens
         self.committed_tokens = 0
         """Towards the next step."""
@@ -97,10 +115,12 @@ class ExpertBank:
         if compute_dtype is not torch.float32:
             self._compute = ExpertWeights(w_in_EDH.to(compute_dtype), w_out_EFD.to(compute_dtype), shape.activation)
         self._graphed = GraphedExperts(self._compute, self._optimizer.grads) if on_gpu else None
+        self._clock = 0
         self._generation = 0  # of the weights: counts everything that changes them
-        # Pairs (row, expert) whose gradients are in the sums, and in the weights.
+        # Pairs (row, expert) whose gradients are in the sums, and that were ever stepped on here.
         self._summed_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
         self._stepped_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
+        self._lineages = [Lineage()] * len(self.indices)
 
     @property
     def device(self) -> torch.device:
@@ -112,9 +132,15 @@ class ExpertBank:
         return dict(zip(self.indices, self._optimizer.versions, strict=True))
 
     @property
-    def stepped_rows(self) -> dict[int, int]:
-        """Expert index -> rows whose gradients it has stepped on, since this bank was made."""
-        return dict(zip(self.indices, self._stepped_rows_E.tolist(), strict=True))
+    def clock(self) -> int:
+        """Steps of the run that this bank knows to be over. States of replicas may be ahead of it, when these have
+        heard of commits that we have not: what they have made is not made again when the commits come."""
+        return self._clock
+
+    @property
+    def lineages(self) -> dict[int, Lineage]:
+        """Expert index -> what its weights have learned, and from whom."""
+        return dict(zip(self.indices, self._lineages, strict=True))
 
     def slots(self, expert_index: Tensor) -> Tensor:
         """int64 slots of the same shape; -1 for an index that is not hosted here."""
@@ -185,19 +211,83 @@ class ExpertBank:
 
     def commit(self, tokens: int) -> bool:
         """Count `tokens` whose gradients are complete; True if that was the batch, and the experts made their step."""
+        closed = self.close(tokens)
+        if closed is not None:
+            self.step(closed)
+        return closed is not None
+
+    def close(self, tokens: int, *, detach: bool = False) -> ClosedSums | None:
+        """Count `tokens` as `commit` does; if that was the batch, what the experts shall `step` on. With `detach` other
+        calls may come before that: their gradients belong to the next step."""
         if tokens < 0:
             raise ValueError(f"cannot commit {tokens} tokens")
         self.committed_tokens += tokens
         if self.committed_tokens < self.global_batch_tokens:
-            return False
-        before = torch.tensor(self._optimizer.versions)
-        self._optimizer.step(self.committed_tokens)
-        self._weights_changed()
-        # Not of an expert whose sum was not finite: it has learned nothing from those rows.
-        self._stepped_rows_E += self._summed_rows_E * (torch.tensor(self._optimizer.versions) - before)
+            return None
+        closed = ClosedSums(
+            grads=self._optimizer.detach_grads() if detach else self._optimizer.grads,
+            rows_E=tuple(self._summed_rows_E.tolist()),
+            tokens=self.committed_tokens,
+            detached=detach,
+        )
+        self._clock += 1
         self._summed_rows_E.zero_()
         self.committed_tokens = 0
-        return True
+        return closed
+
+    def shares(self, closed: ClosedSums, indices: Collection[int]) -> dict[int, ExpertShare]:
+        """Copies of those of the closed sums that hold anything, for replicas; on the CPU."""
+        shares: dict[int, ExpertShare] = {}
+        for slot, rows in enumerate(closed.rows_E):
+            g_in, g_out = (grad[slot] for grad in closed.grads)
+            if rows and self.indices[slot] in indices and bool(g_in.isfinite().all()) and bool(g_out.isfinite().all()):
+                shares[self.indices[slot]] = ExpertShare(
+                    rows=rows,
+                    rows_before=int(self._stepped_rows_E[slot]),
+                    g_in=g_in.to("cpu", copy=True),
+                    g_out=g_out.to("cpu", copy=True),
+                )
+        return shares
+
+    def step(
+        self, closed: ClosedSums, shares: Mapping[int, Mapping[int, ExpertShare]] | None = None, *, clock: int = 0
+    ) -> None:
+        """The experts' step on `closed`, and on what replicas add: index -> origin -> share. Replicas with the same
+        weights that step on the same shares are the same to the bit afterwards.
+
+        `clock`: as replicas have it with this step. Who joined later has not heard of all commits, and never will.
+        """
+        self._clock = max(self._clock, min(clock, max(self._optimizer.versions) + 1))
+        parts_of = {self._slot_of[index]: parts for index, parts in (shares or {}).items()}
+        for slot, parts in parts_of.items():
+            self._add_shares(closed, slot, parts)
+        # Those that a replica has brought to this step already have nothing to make up for.
+        still = {
+            slot
+            for slot, version in enumerate(self._optimizer.versions)
+            if version >= self._clock and not closed.rows_E[slot] and not parts_of.get(slot)
+        }
+        # Not of an expert whose sum was not finite: it has learned nothing from those rows.
+        for slot in self._optimizer.step(closed.tokens, closed.grads, still=still, latest=self._clock):
+            self._stepped_rows_E[slot] += closed.rows_E[slot]
+            version, lineage = self._optimizer.versions[slot], self._lineages[slot]
+            lineage = lineage.plus(self.origin, closed.rows_E[slot], version)
+            for origin, share in parts_of.get(slot, {}).items():
+                # A lineage says how many of an origin's rows, from its first: not so if we lack some before these.
+                if lineage.rows_of(origin) == share.rows_before:
+                    lineage = lineage.plus(origin, share.rows, version)
+            self._lineages[slot] = lineage
+        self._weights_changed()
+
+    def _add_shares(self, closed: ClosedSums, slot: int, parts: Mapping[int, ExpertShare]) -> None:
+        """In the order of origins, ours among them: addition of floats is not associative."""
+        for which, own in enumerate(closed.grads):
+            terms = {origin: (share.g_in, share.g_out)[which] for origin, share in parts.items()}
+            if closed.rows_E[slot]:
+                terms[self.origin] = own[slot].clone()
+            own[slot].zero_()
+            for _, term in sorted(terms.items(), key=lambda one: one[0]):
+                own[slot].add_(term.to(own.device))
 
     def _weights_changed(self) -> None:
         self._generation += 1
@@ -215,7 +305,8 @@ class ExpertBank:
         return dict(zip(SUM_FIELDS[:-1], self._optimizer.grads, strict=True))
 
     def state(self, indices: Sequence[int] | None = None, *, with_sums: bool = False) -> dict[str, Tensor]:
-        """Copies on the CPU, `{layer}.{index}.{field}` for each of STATE_FIELDS; all experts unless `indices` is given.
+        """Copies on the CPU, `{layer}.{index}.{field}` for each of STATE_FIELDS, and LINEAGE_FIELD; all experts unless
+        `indices` is given.
 
         `with_sums`: while tokens are committed towards the next step, SUM_FIELDS too, so that whoever loads the state
         makes that step as this bank would. Sums without committed tokens are of steps that may never be committed.
@@ -230,6 +321,8 @@ class ExpertBank:
                     stack[slot], memory_format=torch.contiguous_format
                 ).cpu()
             state[f"{self.layer}.{index}.version"] = torch.tensor(self._optimizer.versions[slot])
+            if self._lineages[slot].seen:
+                state[f"{self.layer}.{index}.{LINEAGE_FIELD}"] = self._lineages[slot].to_tensor()
             # Sums that are not finite make no step, and a snapshot with them would be refused as a whole.
             if with_sums and self.committed_tokens > 0 and all(bool(g[slot].isfinite().all()) for g in sums.values()):
                 for field, stack in sums.items():
@@ -249,6 +342,7 @@ class ExpertBank:
         """
         untouched = self._generation == 0 and self.committed_tokens == 0
         loaded, sums = self._put_state(state), self._sums()
+        self._clock = max([self._clock, *(self.versions[index] for index in loaded)])
         committed_of = {index: int(state.get(f"{self.layer}.{index}.committed_tokens", 0)) for index in loaded}
         if loaded and (untouched or len(loaded) == len(self.indices)):
             self.committed_tokens = max(committed_of.values())
@@ -274,6 +368,8 @@ class ExpertBank:
             for field, stack in stacks.items():
                 stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
             self._optimizer.versions[slot] = int(state[f"{self.layer}.{index}.version"])
+            said = Lineage.from_tensor(state.get(f"{self.layer}.{index}.{LINEAGE_FIELD}"))
+            self._lineages[slot] = said.capped(self.origin, int(self._stepped_rows_E[slot])) if self.origin else said
         self._weights_changed()
         return loaded
 
@@ -283,7 +379,7 @@ class ExpertBank:
 
     def _check_state(self, state: Mapping[str, Tensor]) -> list[int]:
         """The indices of the experts in a `state` that fits."""
-        fields = (*STATE_FIELDS, *SUM_FIELDS)
+        fields = (*STATE_FIELDS, *SUM_FIELDS, LINEAGE_FIELD)
         known = {f"{self.layer}.{index}.{field}" for index in self.indices for field in fields}
         if unknown := sorted(state.keys() - known):
             raise CheckpointError(f"{unknown[0]} is no expert of this bank (layer {self.layer}, {self.indices})")

@@ -5,18 +5,21 @@ R rows, D model width, K most experts of any row, P (row, expert) pairs; merged 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moe_net.errors import ExpertCallError, UnknownExpertError, WireError
-from moe_net.experts.bank import BankSaved, ExpertBank
+from moe_net.experts.bank import BankSaved, ClosedSums, ExpertBank
 from moe_net.experts.callbook import BookSizes, CallBook, CallFacts
 from moe_net.experts.journal import Entry, Journal
+from moe_net.experts.merging import Part, merge, split
 from moe_net.types import ExpertId, ExpertShape
 from moe_net.wire.messages import (
     BackwardAnswer,
@@ -27,6 +30,7 @@ from moe_net.wire.messages import (
     ForwardCall,
     RoutedRows,
 )
+from moe_net.wire.share import ExpertShare, Share
 
 log = logging.getLogger(__name__)
 
@@ -34,26 +38,13 @@ MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Part:
-    """One call of a merged dispatch."""
+class Closed:
+    """A step that is due."""
 
-    position: int
-    """In the list of calls, and of answers."""
-    facts: CallFacts
-    rows: RoutedRows
-    slot_P: Tensor
-    """int64; -1: not hosted here."""
-    missing: tuple[int, ...]
-    """Experts not hosted here."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Merged:
-    x_RD: Tensor
-    slot_RK: Tensor
-    gate_RK: Tensor
-    filled_RK: Tensor | None
-    """Where the pairs stand; None: everywhere."""
+    batch: bytes
+    """The same at every replica that closes it by the same commits."""
+    sums: Mapping[int, ClosedSums]
+    """Of each layer."""
 
 
 class ExpertHost:
@@ -88,6 +79,8 @@ class ExpertHost:
         self._clock = clock
         self._journal: Journal[RoutedRows, Tensor] = Journal(limit_bytes=journal_bytes)
         self._dispatches = 0
+        self._batch: list[tuple[str, int, int]] = []
+        """Commits (trainer, step, tokens) towards the next step."""
 
     @property
     def experts(self) -> tuple[ExpertId, ...]:
@@ -105,14 +98,19 @@ class ExpertHost:
         return next(iter(self._banks.values())).committed_tokens
 
     @property
+    def origin(self) -> int:
+        """Whose learning this is, among replicas; 0: it has none."""
+        return next(iter(self._banks.values())).origin
+
+    @property
     def book_sizes(self) -> BookSizes:
         return self._book.sizes
 
     def forward_many(self, calls: Sequence[ForwardCall]) -> list[ForwardAnswer | ExpertCallError | WireError]:
         """One answer per call, in order; all of one layer, run in one dispatch. Of equal call ids one runs."""
         answers: dict[int, ForwardAnswer | ExpertCallError | WireError] = {}
-        parts: dict[bytes, _Part] = {}
-        twins: dict[int, _Part] = {}
+        parts: dict[bytes, Part] = {}
+        twins: dict[int, Part] = {}
         for position, call in enumerate(calls):
             try:
                 assert call.layer == calls[0].layer, "calls of several layers cannot be merged"
@@ -137,17 +135,17 @@ class ExpertHost:
     def _run_forward(
         self,
         calls: Sequence[ForwardCall],
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         answers: dict[int, ForwardAnswer | ExpertCallError | WireError],
     ) -> None:
         bank = self._banks[parts[0].facts.layer]
-        merged = _merge(parts)
+        merged = merge(parts)
         # Pre-activations of merged calls lie sorted by expert, not by call: they are kept for single calls only, and
         # computed again for others (one product of the forward's two).
         keep = len(parts) == 1 and calls[parts[0].position].train
         y_RD, saved = bank.forward(merged.x_RD, merged.slot_RK, merged.gate_RK, keep=keep)
         versions = bank.versions
-        y_by_part = _split(y_RD, [part.facts.n_rows for part in parts])
+        y_by_part = split(y_RD, [part.facts.n_rows for part in parts])
         for part, y in zip(parts, y_by_part, strict=True):
             call = calls[part.position]
             if call.train:
@@ -164,10 +162,10 @@ class ExpertHost:
         """One answer per call, in order; all of one layer. New gradients are added in one dispatch; those added
         before, whose answer is gone, are computed once more in another, without adding."""
         answers: dict[int, BackwardAnswer | ExpertCallError | WireError] = {}
-        parts: dict[bytes, _Part] = {}
-        twins: dict[int, _Part] = {}
-        adding: list[_Part] = []
-        repeating: list[_Part] = []
+        parts: dict[bytes, Part] = {}
+        twins: dict[int, Part] = {}
+        adding: list[Part] = []
+        repeating: list[Part] = []
         saved: BankSaved | None = None
         self._book.advance(self._clock())
         for position, call in enumerate(calls):
@@ -207,14 +205,14 @@ class ExpertHost:
     def _run_backward(
         self,
         calls: Sequence[BackwardCall],
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         saved: BankSaved | None,
         answers: dict[int, BackwardAnswer | ExpertCallError | WireError],
         *,
         accumulate: bool,
     ) -> None:
         bank = self._banks[parts[0].facts.layer]
-        merged = _merge(parts)
+        merged = merge(parts)
         grads = [calls[part.position].grad_RD for part in parts]
         grad_RD = grads[0] if len(grads) == 1 else torch.cat(grads)
         if accumulate:
@@ -228,8 +226,8 @@ class ExpertHost:
         )
         dgate_P = dgate_RK.reshape(-1) if merged.filled_RK is None else dgate_RK[merged.filled_RK]
         versions = bank.versions
-        dx_by_part = _split(dx_RD, [part.facts.n_rows for part in parts])
-        dgate_by_part = _split(dgate_P, [part.slot_P.numel() for part in parts])
+        dx_by_part = split(dx_RD, [part.facts.n_rows for part in parts])
+        dgate_by_part = split(dgate_P, [part.slot_P.numel() for part in parts])
         for part, dx, dgate in zip(parts, dx_by_part, dgate_by_part, strict=True):
             call = calls[part.position]
             if len(parts) > 1:
@@ -246,9 +244,17 @@ class ExpertHost:
             self._book.store_reply(call.call_id, answer, dx.nbytes + dgate.nbytes)
 
     def commit(self, call: CommitCall) -> CommitAnswer:
-        """Take out what went to other replicas, close the trainer's step, count its tokens in every expert. BusyError:
-        no room to remember the trainer. WireError: negative, or more tokens than the run's batch, by which the
-        gradients of all would be divided."""
+        """Take out what went to other replicas, close the trainer's step, count its tokens in every expert; these step
+        when that was the batch. BusyError: no room to remember the trainer. WireError: negative, or more tokens than
+        the run's batch, by which the gradients of all would be divided."""
+        answer, closed = self.begin_commit(call)
+        if closed is not None:
+            self.finish_commit(closed)
+        return answer
+
+    def begin_commit(self, call: CommitCall, *, detach: bool = False) -> tuple[CommitAnswer, Closed | None]:
+        """As `commit`, but the step, if it is due, is left to `finish_commit`. With `detach` other calls may come in
+        between, but no other commit."""
         if call.tokens < 0 or call.step < 0:
             raise WireError(f"step and tokens must not be negative: {call.step}, {call.tokens}")
         batch_tokens = min(bank.global_batch_tokens for bank in self._banks.values())
@@ -260,23 +266,53 @@ class ExpertHost:
         void = self._book.applied_among(call.trainer, call.step, call.void)
         if not self._book.commit(call.trainer, call.step):
             voided, failed = self._book.voids_of(call.trainer, call.step)
-            return CommitAnswer(
+            answer = CommitAnswer(
                 repeated=True, stepped=False, committed_tokens=self.committed_tokens, voided=voided, void_failed=failed
             )
+            return answer, None
         # Those of `call.void` that were never added need nothing: from now on they are refused as stale.
         failed = self._take_out(void)
         self._book.note_voids(call.trainer, len(void) - failed, failed)
         self._journal.committed(call.trainer, call.step)
-        stepped = [layer for layer, bank in self._banks.items() if bank.commit(call.tokens)]
-        for layer in stepped:
+        self._batch.append((call.trainer, call.step, call.tokens))
+        closings = {layer: bank.close(call.tokens, detach=detach) for layer, bank in self._banks.items()}
+        sums = {layer: closing for layer, closing in closings.items() if closing is not None}
+        for layer in sums:
             self._journal.stepped(layer, self._book.last_committed_step)
-        return CommitAnswer(
+        answer = CommitAnswer(
             repeated=False,
-            stepped=bool(stepped),
+            stepped=bool(sums),
             committed_tokens=self.committed_tokens,
             voided=len(void) - failed,
             void_failed=failed,
         )
+        if not sums:
+            return answer, None
+        batch, self._batch = hashlib.sha256(json.dumps(sorted(self._batch)).encode()).digest(), []
+        return answer, Closed(batch=batch, sums=sums)
+
+    def share(self, closed: Closed, shared: Collection[ExpertId]) -> Share:
+        """Our part of a step, for the replicas that make it as well: of the experts in `shared`."""
+        experts: dict[ExpertId, ExpertShare] = {}
+        for layer, sums in closed.sums.items():
+            shares = self._banks[layer].shares(sums, {expert.index for expert in shared if expert.layer == layer})
+            experts |= {ExpertId(layer, index): share for index, share in shares.items()}
+        clock = max(self._banks[layer].clock for layer in closed.sums)
+        return Share(origin=self.origin, clock=clock, experts=experts)
+
+    def finish_commit(self, closed: Closed, shares: Sequence[Share] = ()) -> None:
+        """The step, on our sums and on what replicas add to them; `shares` of no experts but those hosted here."""
+        # Of two that claim the same origin, one lies, or is ourselves.
+        parts = {share.origin: share.experts for share in shares if share.origin != self.origin}
+        for layer, sums in closed.sums.items():
+            by_index: dict[int, dict[int, ExpertShare]] = {}
+            for origin, experts in parts.items():
+                for expert, share in experts.items():
+                    if expert.layer == layer:
+                        by_index.setdefault(expert.index, {})[origin] = share
+            self._banks[layer].step(sums, by_index, clock=max((share.clock for share in shares), default=0))
+            if sums.detached:
+                self._journal.weights_changed(layer, self._book.last_committed_step)
 
     def _take_out(self, void: Sequence[tuple[bytes, CallFacts]]) -> int:
         """Make the gradient sums what they would be without these calls; how many could not be taken out."""
@@ -298,7 +334,7 @@ class ExpertHost:
 
     def _merged_again(self, entries: Sequence[Entry[RoutedRows, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(grad, x, slots, gates) as in the dispatch that added them."""
-        merged = _merge([self._part(i, entry.facts, entry.inputs) for i, entry in enumerate(entries)])
+        merged = merge([self._part(i, entry.facts, entry.inputs) for i, entry in enumerate(entries)])
         grads = [entry.grad for entry in entries]
         grad_RD = grads[0] if len(grads) == 1 else torch.cat(grads)
         return grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK
@@ -326,12 +362,6 @@ class ExpertHost:
                 self._journal.forget(layer)
         return len(loaded)
 
-    def stepped_rows(self, layer: int, indices: Sequence[int]) -> dict[int, int]:
-        """Expert index -> rows whose gradients it has stepped on here. UnknownExpertError as `fetch`."""
-        self.check_hosted(layer, indices)
-        stepped = self._banks[layer].stepped_rows
-        return {index: stepped[index] for index in indices}
-
     def check_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
         """CheckpointError when it holds anything but valid states of experts of this layer."""
         self._bank(layer).check_state(state)
@@ -353,7 +383,7 @@ class ExpertHost:
             raise UnknownExpertError(f"layer {layer} is not hosted here; layers {_some(self._banks)} are")
         return bank
 
-    def _part(self, position: int, facts: CallFacts, rows: RoutedRows) -> _Part:
+    def _part(self, position: int, facts: CallFacts, rows: RoutedRows) -> Part:
         """UnknownExpertError when none of the call's experts is here, WireError when its arrays do not fit."""
         bank = self._bank(facts.layer)
         _check_shapes(rows, self.shape.d_model)
@@ -366,7 +396,7 @@ class ExpertHost:
                 raise UnknownExpertError(
                     f"none of the call's experts is hosted here: {_some(missing)} of layer {facts.layer} are not"
                 )
-        return _Part(position=position, facts=facts, rows=rows, slot_P=slot_P, missing=missing)
+        return Part(position=position, facts=facts, rows=rows, slot_P=slot_P, missing=missing)
 
     def _backward_facts(self, call: BackwardCall) -> CallFacts:
         n_rows = call.grad_RD.shape[0]
@@ -409,39 +439,7 @@ def _check_shapes(rows: RoutedRows, d_model: int) -> None:
         raise WireError(f"experts_per_row sums to {int(rows.experts_per_row_R.sum())}, but there are {n_pairs} pairs")
 
 
-def pad_pairs(count_R: Tensor, slot_P: Tensor, gate_P: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(slots [R, K], gates [R, K], where the pairs stand) with K the largest count; the rest is -1 and 0.
-
-    Rows with equally many experts, as top-k routing to one server gives, are only viewed: the third is None then.
-    """
-    n_rows = count_R.numel()
-    most = int(count_R.max()) if n_rows else 1
-    if n_rows * most == slot_P.numel():
-        return slot_P.view(n_rows, most), gate_P.view(n_rows, most), None
-    filled_RK = torch.arange(most) < count_R.unsqueeze(1)
-    slot_RK = torch.full((n_rows, most), -1, dtype=slot_P.dtype).masked_scatter_(filled_RK, slot_P)
-    gate_RK = torch.zeros(n_rows, most, dtype=gate_P.dtype).masked_scatter_(filled_RK, gate_P)
-    return slot_RK, gate_RK, filled_RK
-
-
-def _merge(parts: Sequence[_Part]) -> _Merged:
-    """The rows of all parts, one after another; a single part is not copied."""
-    rows = parts[0].rows
-    x_RD, count_R, gate_P, slot_P = rows.x_RD, rows.experts_per_row_R, rows.gate_P, parts[0].slot_P
-    if len(parts) > 1:
-        x_RD = torch.cat([part.rows.x_RD for part in parts])
-        count_R = torch.cat([part.rows.experts_per_row_R for part in parts])
-        gate_P = torch.cat([part.rows.gate_P for part in parts])
-        slot_P = torch.cat([part.slot_P for part in parts])
-    slot_RK, gate_RK, filled_RK = pad_pairs(count_R, slot_P, gate_P)
-    return _Merged(x_RD=x_RD, slot_RK=slot_RK, gate_RK=gate_RK, filled_RK=filled_RK)
-
-
-def _split(value: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    return (value,) if len(sizes) == 1 else value.split(sizes)
-
-
-def _versions_of(part: _Part, bank: ExpertBank, versions: Mapping[int, int]) -> dict[int, int]:
+def _versions_of(part: Part, bank: ExpertBank, versions: Mapping[int, int]) -> dict[int, int]:
     slot_P = part.slot_P if not part.missing else part.slot_P[part.slot_P >= 0]
     ran = torch.bincount(slot_P, minlength=len(bank.indices)).nonzero().flatten().tolist()
     return {bank.indices[slot]: versions[bank.indices[slot]] for slot in ran}

@@ -123,13 +123,15 @@ class Journal(Generic[InputsT, GradT]):
     def weights_changed(self, layer: int, last_committed_step: Callable[[str], int]) -> None:
         """The layer's sums are what they were, but its weights are others: no replay before the next step."""
         # At most limit_bytes / 1 KiB entries, as in CallBook.commit.
-        for key in [k for k, entry in self._fresh.items() if entry.facts.layer == layer]:
+        moved = [k for k, entry in self._fresh.items() if entry.facts.layer == layer]
+        for key in moved:
             entry = self._fresh.pop(key)
             if entry.facts.step > last_committed_step(entry.facts.trainer):
                 self._past[key] = entry
             else:
                 self.n_bytes -= entry.n_bytes
-        self._incomplete.add(layer)
+        if moved:  # of empty sums nothing can be missing
+            self._incomplete.add(layer)
 
     def forget(self, layer: int) -> None:
         """The layer's experts are others, and some of their sums are empty: none of this is in them."""

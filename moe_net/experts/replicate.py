@@ -1,28 +1,35 @@
 """Two replicas of an expert become one again: the arithmetic of their meeting (DESIGN D9). Pure: no clock, no I/O.
 
 A state is that of `ExpertBank.state`: `{layer}.{index}.{field}` -> tensor on the CPU, here of one layer's experts.
-The weight of a side is the number of rows whose gradients it has stepped on since these two last met.
+The weight of a side is the number of rows that it has learned, itself or through others, and the other side has not: so
+a state that has seen all that another has simply takes its place.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from moe_net.experts.lineage import Lineage
+from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS
+
 State = Mapping[str, Tensor]
-Rows = Mapping[int, int]
-"""Expert index -> rows."""
 
 WEIGHTS, SECOND_MOMENTS = ("w_in", "w_out"), ("v_in", "v_out")
 
 
-def share_of_other(my_rows: int, their_rows: int, my_version: int, their_version: int) -> float:
-    """How much of the mean is theirs, 0 to 1. When neither has learned anything since: half at equal versions,
-    otherwise all of whoever has made more steps (the other one was away)."""
+def lineage_of(state: State, expert: str) -> Lineage:
+    """Of `expert`, a name like `3.17`."""
+    return Lineage.from_tensor(state.get(f"{expert}.{LINEAGE_FIELD}"))
+
+
+def share_of_other(mine: Lineage, theirs: Lineage, my_version: int, their_version: int) -> float:
+    """How much of the mean is theirs, 0 to 1. When both have learned the same: half at equal versions, otherwise all of
+    whoever has made more steps (the other one was away)."""
+    my_rows, their_rows = mine.unseen_by(theirs), theirs.unseen_by(mine)
     if my_rows + their_rows > 0:
         return their_rows / (my_rows + their_rows)
     if my_version == their_version:
@@ -30,45 +37,70 @@ def share_of_other(my_rows: int, their_rows: int, my_version: int, their_version
     return float(their_version > my_version)
 
 
-def average(mine: State, theirs: State, my_rows: Rows, their_rows: Rows) -> dict[str, Tensor]:
-    """The weighted mean of weights and both moments, and the larger version. Both states are of the same experts.
+def average(mine: State, theirs: State) -> dict[str, Tensor]:
+    """The weighted mean of weights and both moments, the larger version, and what both have seen. Both states are of
+    the same experts.
 
     A side with the whole weight is taken over bit for bit. A mean of second moments is never negative.
     """
     mean: dict[str, Tensor] = {}
-    for name, value in mine.items():
-        expert, _, field = name.rpartition(".")
-        index = int(expert.partition(".")[2])
-        other = theirs[name]
-        if field == "version":
-            mean[name] = torch.maximum(value, other)
-            continue
+    for expert in experts_of(mine):
+        lineages = lineage_of(mine, expert), lineage_of(theirs, expert)
         versions = int(mine[f"{expert}.version"]), int(theirs[f"{expert}.version"])
-        share = share_of_other(my_rows[index], their_rows[index], *versions)
-        # lerp is exact at 0 and 1 by the formula it takes on either side of a half.
-        mean[name] = torch.lerp(value, other, share)
+        share = share_of_other(*lineages, *versions)
+        for field in STATE_FIELDS[:-1]:
+            name = f"{expert}.{field}"
+            # lerp is exact at 0 and 1 by the formula it takes on either side of a half.
+            mean[name] = torch.lerp(mine[name], theirs[name], share)
+        mean[f"{expert}.version"] = torch.tensor(max(versions))
+        _put_lineage(mean, expert, lineages[0].merged(lineages[1]))
     return mean
 
 
+def experts_of(state: State) -> list[str]:
+    """The names, like `3.17`, of the experts in `state`."""
+    return [name.rpartition(".")[0] for name in state if name.endswith(".version")]
+
+
+def _put_lineage(state: dict[str, Tensor], expert: str, lineage: Lineage) -> None:
+    if lineage.seen:
+        state[f"{expert}.{LINEAGE_FIELD}"] = lineage.to_tensor()
+
+
 def rebase(mean: State, now: State, sent: State) -> dict[str, Tensor]:
-    """`mean` and what happened to us meanwhile: mean + (now - sent), field by field.
+    """`mean` and what happened to us meanwhile: mean + (now - sent), field by field; the larger version, and what both
+    have seen. When the mean has seen all of it (the other side made the same steps, with our rows), just the mean; and
+    just our own state where the mean is what we sent.
 
     Second moments stay above their decay of the same time: the difference alone could take one to 0 where the other
     side's was small, and the next step would divide by that.
     """
     moved: dict[str, Tensor] = {}
-    for name, value in mean.items():
-        moved[name] = value + (now[name] - sent[name])
-        if name.rpartition(".")[2] in SECOND_MOMENTS:
-            decay = torch.where(sent[name] > 0, now[name] / sent[name], 1.0).clamp_(max=1.0)
-            moved[name] = torch.maximum(moved[name], value * decay)
+    for expert in experts_of(mean):
+        theirs, ours = lineage_of(mean, expert), lineage_of(now, expert)
+        version = f"{expert}.version"
+        contained = ours.unseen_by(theirs) == 0 and int(now[version]) <= int(mean[version])
+        for field in STATE_FIELDS[:-1]:
+            name = f"{expert}.{field}"
+            if contained:
+                moved[name] = mean[name]
+            elif torch.equal(mean[name], sent[name]):
+                moved[name] = now[name]
+            else:
+                moved[name] = mean[name] + (now[name] - sent[name])
+                if field in SECOND_MOMENTS:
+                    decay = torch.where(sent[name] > 0, now[name] / sent[name], 1.0).clamp_(max=1.0)
+                    moved[name] = torch.maximum(moved[name], mean[name] * decay)
+        # Not a sum either: what we have stepped meanwhile, the other side may have as well.
+        moved[version] = torch.maximum(mean[version], now[version])
+        _put_lineage(moved, expert, theirs.merged(ours))
     return moved
 
 
 def divergence(mine: State, theirs: State) -> float:
     """Relative L2 distance of the weights, the largest of all experts: |a - b| / sqrt((|a|^2 + |b|^2) / 2)."""
     largest = 0.0
-    for expert in {name.rpartition(".")[0] for name in mine}:
+    for expert in experts_of(mine):
         apart, size = 0.0, 0.0
         for field in WEIGHTS:
             a, b = mine[f"{expert}.{field}"].double(), theirs[f"{expert}.{field}"].double()
@@ -77,27 +109,3 @@ def divergence(mine: State, theirs: State) -> float:
         if apart > 0:
             largest = max(largest, math.sqrt(apart / size))
     return largest
-
-
-class Meetings:
-    """How many rows this peer's experts had stepped on when it last met each partner. Bounded: the partner not met for
-    longest is forgotten, and counts as never met."""
-
-    def __init__(self, *, max_partners: int = 256) -> None:
-        self._max_partners = max_partners
-        self._at: OrderedDict[str, dict[int, dict[int, int]]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._at)
-
-    def rows_since(self, partner: str, layer: int, stepped: Rows) -> dict[int, int]:
-        """Of the experts in `stepped`, which has the counts of now; all of them if the two never met."""
-        then = self._at.get(partner, {}).get(layer, {})
-        return {index: rows - then.get(index, 0) for index, rows in stepped.items()}
-
-    def met(self, partner: str, layer: int, stepped: Rows) -> None:
-        """They met when the counts were `stepped`."""
-        self._at.setdefault(partner, {}).setdefault(layer, {}).update(stepped)
-        self._at.move_to_end(partner)
-        while len(self._at) > self._max_partners:
-            self._at.popitem(last=False)

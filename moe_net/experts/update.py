@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -35,9 +36,24 @@ class StackedAdamW:
         self.versions = [0] * w_in_EDH.shape[0]
         """Steps each expert has made."""
 
-    def _clip_scale(self, slot: int, tokens: int) -> float:
+    def detach_grads(self) -> WeightGrads:
+        """The gradient sums, which are the caller's from now on; new ones start at zero."""
+        detached = self.grads
+        if detached.w_in_EDH.is_cuda:
+            # A GPU's graphs add to the memory of the first ones.
+            detached = WeightGrads(*(grad.clone() for grad in self.grads))
+            self.zero_grads()
+        else:
+            self.grads = WeightGrads(*(torch.zeros_like(grad) for grad in detached))
+        return detached
+
+    def zero_grads(self) -> None:
+        for grad in self.grads:
+            grad.zero_()
+
+    def _clip_scale(self, grads: WeightGrads, slot: int, tokens: int) -> float:
         """Factor that turns the expert's sum into its clipped mean gradient; NaN if the sum is not finite."""
-        norm = float(torch.nn.utils.get_total_norm([grad[slot] for grad in self.grads])) / tokens
+        norm = float(torch.nn.utils.get_total_norm([grad[slot] for grad in grads])) / tokens
         if not math.isfinite(norm):
             return math.nan
         clip = self.config.clip_norm
@@ -45,27 +61,42 @@ class StackedAdamW:
         return min(1.0, clip / (norm + 1e-6)) / tokens if clip > 0 else 1.0 / tokens
 
     @torch.no_grad()
-    def step(self, tokens: int) -> None:
+    def step(
+        self,
+        tokens: int,
+        grads: WeightGrads | None = None,
+        *,
+        still: Collection[int] = (),
+        latest: float = math.inf,
+    ) -> list[int]:
         """One update of every expert by the mean over `tokens` of its gradients, and the sums start again at zero.
+        `grads`: sums that were detached, instead of those of now.
+        Slots in `still` do nothing, and versions do not go beyond `latest`. Returns the slots that stepped.
 
         An expert without rows steps as well, with a zero gradient, as it would in a single process. One whose sum is
         not finite does not step (weights, moments and version stay): its next gradients are its next chance.
         """
+        grads = self.grads if grads is None else grads
         slots_by_version: defaultdict[int, list[int]] = defaultdict(list)
         for slot, version in enumerate(self.versions):
-            scale = self._clip_scale(slot, tokens)
+            if slot in still:
+                continue
+            scale = self._clip_scale(grads, slot, tokens)
             if math.isnan(scale):
                 logger.warning("expert in slot %d: gradient is not finite, step %d skipped", slot, version)
                 continue
-            for grad in self.grads:
+            for grad in grads:
                 grad[slot].mul_(scale)
             slots_by_version[version].append(slot)
         for version, slots in slots_by_version.items():
-            self._adamw(slots, version)
-        for grad in self.grads:
+            self._adamw(grads, slots, version)
+            for slot in slots:
+                self.versions[slot] = version + (version < latest)
+        for grad in grads:
             grad.zero_()
+        return [slot for slots in slots_by_version.values() for slot in slots]
 
-    def _adamw(self, slots: list[int], version: int) -> None:
+    def _adamw(self, grads: WeightGrads, slots: list[int], version: int) -> None:
         """Step the experts in `slots`, all at `version`: one fused pass over their memory."""
 
         def matrices(stacks: tuple[Tensor, ...]) -> list[Tensor]:
@@ -74,7 +105,7 @@ class StackedAdamW:
         weights = matrices(self.w)
         adamw(
             weights,
-            matrices(self.grads),
+            matrices(grads),
             matrices(self.m),
             matrices(self.v),
             [],
@@ -88,5 +119,3 @@ class StackedAdamW:
             weight_decay=self.config.weight_decay,
             eps=self.config.eps,
         )
-        for slot in slots:
-            self.versions[slot] += 1

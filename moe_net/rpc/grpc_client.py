@@ -20,7 +20,7 @@ from moe_net.errors import CheckpointError, LimitError, WireError
 from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.served import note_served
-from moe_net.types import ExpertShape, PeerInfo
+from moe_net.types import ExpertId, ExpertShape, PeerInfo
 from moe_net.wire import codec
 from moe_net.wire.exchange import ChunkReader, ExchangeHead, write_chunks
 from moe_net.wire.framing import Parts
@@ -33,6 +33,7 @@ from moe_net.wire.messages import (
     ForwardCall,
 )
 from moe_net.wire.pieces import IN_PIECES_BYTES, PieceReader, cut
+from moe_net.wire.share import Share, ShareCall, max_share_bytes, share_from_state
 from moe_net.wire.snapshot import pack, unpack
 from moe_net.wire.state import check_state, max_state_bytes
 from moe_net.wire.validate import Limits
@@ -41,8 +42,6 @@ FIRST_CHUNK_S, CHUNK_STALL_S = 20.0, 5.0
 """How long a peer may take to begin sending state (it copies and digests it first), and may pause then."""
 AnswerT = TypeVar("AnswerT")
 SERVICE = "/moe_net.v1.ExpertService/"
-PEER_ID_KEY = "moe-peer-id"
-"""Of Fetch's metadata: the peer that takes over the experts."""
 QUEUE_US_KEY = "moe-queue-us"
 """Of the trailing metadata of a RESOURCE_EXHAUSTED: how long a call would wait just now, in decimal."""
 
@@ -96,10 +95,8 @@ class _Link:
 class GrpcTransport:
     """Calls expert servers by the address in their record."""
 
-    def __init__(self, *, run: str, shape: ExpertShape, limits: Limits | None = None, peer_id: str = "") -> None:
-        """`run` and `shape` are what a peer's experts must be of, when their state is fetched. `peer_id`: of a caller
-        that hosts experts itself; others count from its Fetch what they have learned since."""
-        self._peer_id = peer_id
+    def __init__(self, *, run: str, shape: ExpertShape, limits: Limits | None = None) -> None:
+        """`run` and `shape` are what a peer's experts must be of, when their state is fetched."""
         self._run = run
         self._shape = shape
         self._limits = limits or Limits()
@@ -118,6 +115,7 @@ class GrpcTransport:
             for name in ("ForwardInPieces", "BackwardInPieces"):
                 methods[name] = channel.stream_stream(SERVICE + name, None, None)
             methods["Fetch"] = channel.unary_stream(SERVICE + "Fetch", None, None)
+            methods["Share"] = channel.unary_stream(SERVICE + "Share", None, None)
             methods["Exchange"] = channel.stream_stream(SERVICE + "Exchange", None, None)
             link = self._links[address] = _Link(channel, methods)
         return link
@@ -197,9 +195,7 @@ class GrpcTransport:
         request = expert_pb2.FetchRequest(layer=layer, expert_index=list(expert_index)).SerializeToString()
         self.traffic.calls += 1
         self.traffic.sent_bytes += len(request)
-        stream = self._link(peer.address).methods["Fetch"](
-            request, timeout=timeout_s, metadata=((PEER_ID_KEY, self._peer_id),) if self._peer_id else None
-        )
+        stream = self._link(peer.address).methods["Fetch"](request, timeout=timeout_s)
         try:
             whole = await self._read_file(peer, stream, limit_bytes=max_state_bytes(len(asked), self._shape))
             state = unpack(whole, run=self._run, shape=self._shape)
@@ -210,6 +206,26 @@ class GrpcTransport:
         finally:
             stream.cancel()  # nothing, unless we left before its end
         return state
+
+    async def share(self, peer: PeerInfo, call: ShareCall, *, timeout_s: float) -> Share:
+        """A replica's part of a step. CallError as everywhere; INPUTS_GONE: that step is over there."""
+        request = codec.encode_share_call(call)
+        self.traffic.calls += 1
+        self.traffic.sent_bytes += len(request)
+        stream = self._link(peer.address).methods["Share"](request, timeout=timeout_s)
+        try:
+            limit_bytes = max_share_bytes(len(call.experts), self._shape)
+            whole = await self._read_file(peer, stream, limit_bytes=limit_bytes)
+            return await asyncio.to_thread(self._read_share, whole, call.experts)
+        except (CheckpointError, WireError) as error:
+            detail = f"unusable share of a step: {error}"
+            raise CallError(CallFailure.REFUSED, peer.peer_id, detail) from error
+        finally:
+            stream.cancel()  # nothing, unless we left before its end
+
+    def _read_share(self, whole: bytes, asked: Sequence[ExpertId]) -> Share:
+        state = unpack(whole, run=self._run, shape=self._shape)
+        return share_from_state(state, asked=asked, shape=self._shape)
 
     async def _read_file(self, peer: PeerInfo, stream: Any, *, limit_bytes: int) -> bytes:
         """The chunks of a Fetch, joined. LimitError as soon as they are more than `limit_bytes`; WireError."""
@@ -237,14 +253,14 @@ class GrpcTransport:
 
     async def exchange(
         self, peer: PeerInfo, head: ExchangeHead, state: Mapping[str, Tensor], *, timeout_s: float
-    ) -> tuple[ExchangeHead, dict[str, Tensor]]:
-        """Send our state of some experts; (the partner's rows, the mean that it has taken over) of the same experts.
+    ) -> dict[str, Tensor]:
+        """Send our state of some experts; the mean that the partner has taken over, of the same experts.
         CallError as everywhere."""
 
         def limit_bytes(answer: ExchangeHead) -> int:
-            if answer.layer != head.layer or answer.rows.keys() != head.rows.keys():
-                raise WireError(f"layer, expert_index: answered layer {answer.layer} with {len(answer.rows)} experts")
-            return max_state_bytes(len(head.rows), self._shape)
+            if answer.layer != head.layer or set(answer.indices) != set(head.indices):
+                raise WireError(f"layer, expert_index: answered layer {answer.layer}, {len(answer.indices)} experts")
+            return max_state_bytes(len(head.indices), self._shape)
 
         data = await asyncio.to_thread(pack, state, run=self._run, shape=self._shape)
 
@@ -260,14 +276,14 @@ class GrpcTransport:
             while raw := await _answer(peer, cast("Awaitable[bytes]", stream.read())):  # empty: grpc.aio.EOF
                 self.traffic.received_bytes += len(raw)
                 reader.feed(raw)
-            answer, whole = await asyncio.to_thread(reader.finish)
+            _, whole = await asyncio.to_thread(reader.finish)
             mean = await asyncio.to_thread(unpack, whole, run=self._run, shape=self._shape)
         except (WireError, CheckpointError) as error:
             stream.cancel()
             raise CallError(CallFailure.REFUSED, peer.peer_id, f"unreadable answer to Exchange: {error}") from error
-        if {name.rpartition(".")[0] for name in mean} != {f"{head.layer}.{index}" for index in head.rows}:
+        if {name.rpartition(".")[0] for name in mean} != {f"{head.layer}.{index}" for index in head.indices}:
             raise CallError(CallFailure.REFUSED, peer.peer_id, "answered Exchange with other experts")
-        return answer, mean
+        return mean
 
     async def close(self) -> None:
         links, self._links = self._links, {}

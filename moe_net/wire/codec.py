@@ -12,6 +12,7 @@ anything of that size is allocated. All values of a decoded message are finite.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from moe_net.errors import WireError
 from moe_net.proto.v1 import expert_pb2, tensor_pb2
-from moe_net.types import Encoding
+from moe_net.types import Encoding, ExpertId
 from moe_net.wire import compress
 from moe_net.wire.framing import Parts, lay_out, take_apart
 from moe_net.wire.messages import (
@@ -32,6 +33,7 @@ from moe_net.wire.messages import (
     ForwardCall,
     RoutedRows,
 )
+from moe_net.wire.share import BATCH_BYTES, ShareCall
 from moe_net.wire.validate import (
     Limits,
     check_call_id,
@@ -312,6 +314,23 @@ def decode_commit_call(data: bytes | memoryview, limits: Limits | None = None) -
     return CommitCall(
         trainer=message.trainer, step=message.step, tokens=message.tokens, void=tuple(message.void_call_id)
     )
+
+
+def encode_share_call(call: ShareCall) -> bytes:
+    """A ShareRequest."""
+    message = expert_pb2.ShareRequest(batch=call.batch)
+    for layer, experts in groupby(sorted(call.experts), key=lambda expert: expert.layer):
+        message.experts.add(layer=layer, expert_index=[expert.index for expert in experts])
+    return message.SerializeToString()
+
+
+def decode_share_call(data: bytes | memoryview, limits: Limits | None = None) -> ShareCall:
+    """A ShareRequest, each expert once and ascending; at most 256 KiB are looked at."""
+    message, _ = take_apart(expert_pb2.ShareRequest, data, limits or Limits(), arrays=(), tensors=())
+    if len(message.batch) != BATCH_BYTES:
+        raise WireError(f"batch: {len(message.batch)} bytes, must be {BATCH_BYTES}")
+    experts = {ExpertId(part.layer, index) for part in message.experts for index in part.expert_index}
+    return ShareCall(batch=message.batch, experts=tuple(sorted(experts)))
 
 
 def decode_fetch_call(data: bytes | memoryview, limits: Limits | None = None) -> tuple[int, tuple[int, ...]]:

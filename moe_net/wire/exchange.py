@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moe_net.errors import LimitError, WireError
@@ -24,8 +24,8 @@ class ExchangeHead:
     peer_id: str
     """Who speaks."""
     layer: int
-    rows: Mapping[int, int]
-    """Expert index -> rows whose gradients it has stepped on since these two last met."""
+    indices: tuple[int, ...]
+    """Of the experts, each once."""
 
 
 def write_chunks(head: ExchangeHead, data: bytes) -> Iterator[bytes]:
@@ -35,8 +35,7 @@ def write_chunks(head: ExchangeHead, data: bytes) -> Iterator[bytes]:
         chunk = expert_pb2.ExchangeChunk(data=data[start : start + CHUNK_BYTES])
         if start == 0:
             chunk.peer_id, chunk.layer = head.peer_id, head.layer
-            chunk.expert_index.extend(head.rows)
-            chunk.rows.extend(head.rows.values())
+            chunk.expert_index.extend(head.indices)
         if start + CHUNK_BYTES >= len(data):
             chunk.sha256 = digest
         yield chunk.SerializeToString()
@@ -64,11 +63,11 @@ class ChunkReader:
         if self.head is None:
             self.head = _read_head(chunk)
             self._limit_bytes = self._limit_of(self.head)
-        elif chunk.peer_id or chunk.layer or chunk.expert_index or chunk.rows:
-            raise WireError("peer_id, layer, expert_index, rows: only the first chunk has them")
+        elif chunk.peer_id or chunk.layer or chunk.expert_index:
+            raise WireError("peer_id, layer, expert_index: only the first chunk has them")
         self._n_bytes += len(chunk.data)
         if self._n_bytes > self._limit_bytes:
-            n_experts = len(self.head.rows)
+            n_experts = len(self.head.indices)
             raise LimitError(f"data: over {self._limit_bytes} bytes, the most that {n_experts} experts take")
         self._chunks.append(chunk.data)
         self._sha256 = chunk.sha256
@@ -85,9 +84,7 @@ def _read_head(chunk: expert_pb2.ExchangeChunk) -> ExchangeHead:
     check_peer_id(chunk.peer_id)
     if not 0 < len(chunk.expert_index) <= MAX_EXPERTS:
         raise WireError(f"expert_index: {len(chunk.expert_index)} experts, must be 1..{MAX_EXPERTS}")
-    if len(chunk.rows) != len(chunk.expert_index):
-        raise WireError(f"rows: {len(chunk.rows)} counts for {len(chunk.expert_index)} entries of expert_index")
-    rows = dict(zip(chunk.expert_index, chunk.rows, strict=True))
-    if len(rows) < len(chunk.rows):
+    indices = tuple(chunk.expert_index)
+    if len(set(indices)) < len(indices):
         raise WireError("expert_index: an expert twice")
-    return ExchangeHead(peer_id=chunk.peer_id, layer=chunk.layer, rows=rows)
+    return ExchangeHead(peer_id=chunk.peer_id, layer=chunk.layer, indices=indices)

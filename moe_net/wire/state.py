@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,12 @@ from moe_net.types import ExpertShape
 STATE_FIELDS: tuple[str, ...] = ("w_in", "w_out", "m_in", "m_out", "v_in", "v_out", "version")
 SUM_FIELDS: tuple[str, ...] = ("g_in", "g_out", "committed_tokens")
 """Of an expert between two steps: its gradient sums, and the tokens committed towards its next step."""
+LINEAGE_FIELD = "lineage"
+"""int64 [origins, 3]: what the state has learned from whom (see `experts.lineage`); absent when that is nothing."""
+MAX_ORIGINS = 32
+"""Lives of peers that one expert's lineage names, those that learned last."""
+MAX_COUNT = 2**53
+"""Of rows or versions in a lineage: more than any run has, and sums of them stay far from int64's end."""
 NOT_NEGATIVE = ("v_in", "v_out", "version", "committed_tokens")
 _NUMBERS = ("version", "committed_tokens")
 
@@ -23,16 +29,16 @@ _ENTRY_BYTES = 256
 
 def max_state_bytes(n_experts: int, shape: ExpertShape) -> int:
     """More than a file of `n_experts` (see `wire.snapshot`) ever has, and little more."""
-    one_bytes = 16 * shape.d_model * (shape.d_hidden + shape.d_ff) + 16
-    return _HEADER_BYTES + n_experts * (one_bytes + len(STATE_FIELDS + SUM_FIELDS) * _ENTRY_BYTES)
+    one_bytes = 16 * shape.d_model * (shape.d_hidden + shape.d_ff) + 16 + 24 * MAX_ORIGINS
+    return _HEADER_BYTES + n_experts * (one_bytes + (len(STATE_FIELDS + SUM_FIELDS) + 1) * _ENTRY_BYTES)
 
 
-def check_state(state: Mapping[str, Tensor], *, layer: int, indices: Iterable[int], shape: ExpertShape) -> None:
+def check_state(state: Mapping[str, Tensor], *, layer: int, indices: Collection[int], shape: ExpertShape) -> None:
     """`state` is that of the experts `indices` of `layer`: all of it, nothing else, and usable. An expert has all of
-    SUM_FIELDS or none.
+    SUM_FIELDS or none, and may have LINEAGE_FIELD.
 
     CheckpointError for names that lack or are too many, dtypes or shapes that do not fit, values that are not finite,
-    or negative second moments and versions.
+    negative second moments and versions, or a lineage that cannot be.
     """
     w_in, w_out = (shape.d_model, shape.d_hidden), (shape.d_ff, shape.d_model)
     shapes = dict(zip(STATE_FIELDS, (w_in, w_out, w_in, w_out, w_in, w_out, ()), strict=True))
@@ -42,7 +48,8 @@ def check_state(state: Mapping[str, Tensor], *, layer: int, indices: Iterable[in
         has_sums = any(f"{layer}.{index}.{field}" in state for field in SUM_FIELDS)
         for field in (*STATE_FIELDS, *(SUM_FIELDS if has_sums else ())):
             expected[f"{layer}.{index}.{field}"] = field
-    if unknown := sorted(state.keys() - expected.keys()):
+    lineages = {f"{layer}.{index}.{LINEAGE_FIELD}" for index in indices} & state.keys()
+    if unknown := sorted(state.keys() - expected.keys() - lineages):
         raise CheckpointError(f"{unknown[0]!r:.80} is none of the experts of layer {layer} that should be here")
     for name, field in expected.items():
         if name not in state:
@@ -55,3 +62,14 @@ def check_state(state: Mapping[str, Tensor], *, layer: int, indices: Iterable[in
             raise CheckpointError(f"{name} holds values that are not finite")
         if field in NOT_NEGATIVE and bool((value < 0).any()):
             raise CheckpointError(f"{name} is negative")
+    for name in sorted(lineages):
+        _check_lineage(name, state[name])
+
+
+def _check_lineage(name: str, value: Tensor) -> None:
+    if value.dtype != torch.int64 or value.ndim != 2 or value.shape[1] != 3 or not 0 < value.shape[0] <= MAX_ORIGINS:
+        raise CheckpointError(f"{name} is {value.dtype} {list(value.shape)}, not torch.int64 [1..{MAX_ORIGINS}, 3]")
+    if bool((value < 0).any()) or bool((value[:, 1:] > MAX_COUNT).any()):
+        raise CheckpointError(f"{name} has counts that are negative or over {MAX_COUNT}")
+    if value[:, 0].unique().numel() < value.shape[0]:
+        raise CheckpointError(f"{name} names an origin twice")

@@ -28,7 +28,7 @@ from moe_net.errors import CheckpointError
 from moe_net.trace import FaultEvent
 from moe_net.types import ExpertId
 from moe_net.wire.snapshot import pack, unpack
-from moe_net.wire.state import STATE_FIELDS
+from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS
 
 FORMAT = 1
 
@@ -176,7 +176,7 @@ def load_experts_of(path: Path, run: RunConfig, experts: Collection[ExpertId]) -
     """State of those of `experts` that the checkpoint at `path` has, without what they had summed up for their next
     step; CheckpointError when it is damaged or of another run."""
     found: dict[str, Tensor] = {}
-    wanted = {f"{expert}.{field}" for expert in experts for field in STATE_FIELDS}
+    wanted = {f"{expert}.{field}" for expert in experts for field in (*STATE_FIELDS, LINEAGE_FIELD)}
     for layer in sorted({expert.layer for expert in experts}):
         file = _expert_file(path, layer)
         if not file.exists():

@@ -59,6 +59,9 @@ class ServeConfig:
     """Memory they may take."""
     join_timeout_s: float = 20.0
     """How long to look for the run."""
+    share_gradients: bool = True
+    """Make each step with the gradients of the other replicas of the experts here, as long as these answer soon:
+    replicas stay equal, and one that is lost takes nothing with it. Up to 4 bytes a parameter, step and replica."""
     exchange_every_s: float = 0.2
     """How often to average with one of the other replicas of the experts here; 0: never on this peer's initiative."""
     catch_up_timeout_s: float = 120.0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_net.errors import BusyError, CheckpointError, WireError
 from moe_net.experts.host import ExpertHost
-from moe_net.experts.replicate import Meetings, average, divergence, rebase
+from moe_net.experts.replicate import average, divergence, rebase
 from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.grpc_client import GrpcTransport
@@ -61,16 +61,6 @@ class Meeting:
     took_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Offer:
-    """Our side at one moment."""
-
-    state: dict[str, Tensor]
-    rows: dict[int, int]
-    """Since the last meeting with this partner."""
-    stepped: dict[int, int]
-
-
 class Replicator:
     """The meetings of one host's experts. Lives on the loop; what touches experts runs on their device's thread."""
 
@@ -91,7 +81,6 @@ class Replicator:
         self._on_meeting = on_meeting
         self._in_flight: set[int] = set()
         self._answering = 0
-        self._meetings = Meetings()  # the device's thread owns it
 
     @contextmanager
     def _layer(self, layer: int) -> Generator[None]:
@@ -102,11 +91,6 @@ class Replicator:
             yield
         finally:
             self._in_flight.discard(layer)
-
-    def fetched(self, partner: str, layer: int, indices: Sequence[int]) -> None:
-        """A joining replica took over this state: that is a meeting. On the device's thread, with the copy."""
-        indices = indices or [e.index for e in self._host.experts if e.layer == layer]
-        self._meetings.met(partner, layer, self._host.stepped_rows(layer, indices))
 
     async def answer(
         self, chunks: AsyncIterator[bytes], write: Callable[[bytes], Awaitable[None]], *, limit_s: float | None
@@ -132,8 +116,8 @@ class Replicator:
     def _limit_bytes(self, head: ExchangeHead) -> int:
         if head.peer_id == self._peer_id:
             raise WireError("peer_id: it is our own")
-        self._host.check_hosted(head.layer, list(head.rows))
-        return max_state_bytes(len(head.rows), self._host.shape)
+        self._host.check_hosted(head.layer, head.indices)
+        return max_state_bytes(len(head.indices), self._host.shape)
 
     async def _answer(
         self,
@@ -150,25 +134,25 @@ class Replicator:
         head, data = await asyncio.to_thread(reader.finish)
         theirs = await asyncio.to_thread(self._unpack, head, data)
         del data
-        mean, ours, apart = await self._device.run(self._average, head, theirs)
+        mean, apart = await self._device.run(self._average, head, theirs)
         del theirs
         packed = await asyncio.to_thread(pack, mean, run=self._run, shape=self._host.shape)
         del mean
-        answer = ExchangeHead(peer_id=self._peer_id, layer=head.layer, rows=ours.rows)
+        answer = ExchangeHead(peer_id=self._peer_id, layer=head.layer, indices=head.indices)
         for chunk in write_chunks(answer, packed):
             await write(chunk)
             n_bytes += len(chunk)
-        # Not before: a partner that left half-way counts its rows from the meeting before, and so do we ours.
-        await self._device.run(self._meetings.met, head.peer_id, head.layer, ours.stepped)
         meeting = Meeting(
             partner=head.peer_id,
             layer=head.layer,
-            experts=len(head.rows),
+            experts=len(head.indices),
             divergence=apart,
             n_bytes=n_bytes,
             took_s=clock_s() - began_s,
         )
-        log.info("averaged %d experts of layer %d with %s: %.3g apart", len(head.rows), head.layer, head.peer_id, apart)
+        log.info(
+            "averaged %d experts of layer %d with %s: %.3g apart", len(head.indices), head.layer, head.peer_id, apart
+        )
         self._on_meeting(meeting)
 
     def _unpack(self, head: ExchangeHead, data: bytes) -> dict[str, Tensor]:
@@ -177,47 +161,41 @@ class Replicator:
             self._host.check_state(head.layer, theirs)
         except CheckpointError as error:
             raise WireError(f"data: {error}") from error
-        if {name.rpartition(".")[0] for name in theirs} != {f"{head.layer}.{index}" for index in head.rows}:
+        if {name.rpartition(".")[0] for name in theirs} != {f"{head.layer}.{index}" for index in head.indices}:
             raise WireError("data: not of the experts that expert_index names")
         return theirs
 
-    def _average(self, head: ExchangeHead, theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], _Offer, float]:
-        ours = self._offer(head.peer_id, head.layer, list(head.rows))
-        mean = average(ours.state, theirs, ours.rows, head.rows)
+    def _average(self, head: ExchangeHead, theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+        ours = self._host.fetch(head.layer, head.indices, with_sums=False)
+        mean = average(ours, theirs)
         try:
-            self._replace(head.layer, ours.state, mean)
+            self._replace(head.layer, ours, mean)
         except CheckpointError as error:  # finite values can be so large that their mean is not
             raise WireError(f"data: no mean: {error}") from error
-        return mean, ours, divergence(ours.state, theirs)
-
-    def _offer(self, partner: str, layer: int, indices: Sequence[int]) -> _Offer:
-        stepped = self._host.stepped_rows(layer, indices)
-        rows = self._meetings.rows_since(partner, layer, stepped)
-        return _Offer(state=self._host.fetch(layer, indices, with_sums=False), rows=rows, stepped=stepped)
+        return mean, divergence(ours, theirs)
 
     def _replace(self, layer: int, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         # Other weights cost saved pre-activations and the journal's replay: not for nothing.
-        if not all(torch.equal(value, new[name]) for name, value in old.items()):
+        if old.keys() != new.keys() or not all(torch.equal(value, new[name]) for name, value in old.items()):
             self._host.replace_state(layer, new)
 
     async def meet(self, transport: GrpcTransport, partner: PeerInfo, layer: int, indices: Sequence[int]) -> None:
         """Average some experts with `partner`, on our initiative. CallError, and nothing changed here, when it does
         not answer, or badly; BusyError when the layer is in an exchange."""
         with self._layer(layer):
-            sent = await self._device.run(self._offer, partner.peer_id, layer, indices)
-            head = ExchangeHead(peer_id=self._peer_id, layer=layer, rows=sent.rows)
-            limit_s = patience_s(sum(value.nbytes for value in sent.state.values()))
-            _, mean = await transport.exchange(partner, head, sent.state, timeout_s=limit_s)
+            head = ExchangeHead(peer_id=self._peer_id, layer=layer, indices=tuple(indices))
+            sent = await self._device.run(self._host.fetch, layer, head.indices, with_sums=False)
+            limit_s = patience_s(sum(value.nbytes for value in sent.values()))
+            mean = await transport.exchange(partner, head, sent, timeout_s=limit_s)
             try:
-                await self._device.run(self._adopt, partner.peer_id, layer, sent, mean)
+                await self._device.run(self._adopt, head, sent, mean)
             except CheckpointError as error:
                 raise CallError(CallFailure.REFUSED, partner.peer_id, f"a mean that is no state: {error}") from error
 
-    def _adopt(self, partner: str, layer: int, sent: _Offer, mean: dict[str, Tensor]) -> None:
-        self._host.check_state(layer, mean)
-        now = self._host.fetch(layer, list(sent.rows), with_sums=False)
-        self._replace(layer, now, rebase(mean, now, sent.state))
-        self._meetings.met(partner, layer, sent.stepped)
+    def _adopt(self, head: ExchangeHead, sent: dict[str, Tensor], mean: dict[str, Tensor]) -> None:
+        self._host.check_state(head.layer, mean)
+        now = self._host.fetch(head.layer, head.indices, with_sums=False)
+        self._replace(head.layer, now, rebase(mean, now, sent))
 
 
 class Gossip:

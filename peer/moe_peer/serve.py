@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -89,7 +90,7 @@ async def _serve(config: ServeConfig) -> None:
         experts = await _choose_experts(config, run, discovery, identity)
         # Off the loop: the DHT's neighbours ping us meanwhile.
         host = await asyncio.to_thread(_make_host, config, run, experts)
-        transport = GrpcTransport(run=run.name, shape=run.model.expert_shape, peer_id=identity.peer_id)
+        transport = GrpcTransport(run=run.name, shape=run.model.expert_shape)
         stack.push_async_callback(transport.close)
         await _catch_up(config, host, View(await discovery.peers()), transport, identity)
         server = await stack.enter_async_context(
@@ -109,8 +110,12 @@ async def _serve(config: ServeConfig) -> None:
         await stack.enter_async_context(
             Announcer(discovery, identity, run=run.name, address=address, experts=experts, ttl_s=run.record_ttl_s)
         )
-        if config.exchange_every_s > 0:
+        directory = None
+        if config.share_gradients or config.exchange_every_s > 0:
             directory = await stack.enter_async_context(DirectoryWatcher(discovery))
+        if directory is not None and config.share_gradients:
+            server.sharing.begin(transport.share, lambda: directory.view)
+        if directory is not None and config.exchange_every_s > 0:
             await stack.enter_async_context(
                 Gossip(
                     server.replicator,
@@ -223,7 +228,8 @@ async def _choose_experts(
 
 def _make_host(config: ServeConfig, run: RunConfig, experts: tuple[ExpertId, ...]) -> ExpertHost:
     host = ExpertHost(
-        make_banks(run, experts, device=find_device(config.device)),
+        # A life of its own: what an earlier process of this peer had learned went with it, if no replica took it over.
+        make_banks(run, experts, device=find_device(config.device), origin=1 + secrets.randbelow(2**63 - 1)),
         cache_bytes=config.cache_mib * MIB,
         reply_bytes=config.reply_mib * MIB,
         journal_bytes=config.journal_mib * MIB,

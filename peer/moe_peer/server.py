@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -41,17 +41,18 @@ from moe_net.errors import (
 )
 from moe_net.experts.host import ExpertHost
 from moe_net.proto.v1 import expert_pb2
-from moe_net.rpc.grpc_client import PEER_ID_KEY, QUEUE_US_KEY, channel_options
+from moe_net.rpc.grpc_client import QUEUE_US_KEY, channel_options
 from moe_net.wire import codec
 from moe_net.wire.exchange import CHUNK_BYTES
 from moe_net.wire.framing import Parts
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
 from moe_net.wire.pieces import PieceReader, cut
 from moe_net.wire.snapshot import pack
-from moe_net.wire.validate import MAX_TRAINER_BYTES, Limits, check_rows
+from moe_net.wire.validate import Limits, check_rows
 from moe_peer.batcher import Batcher
 from moe_peer.device import DeviceThread
 from moe_peer.gossip import Meeting, Replicator
+from moe_peer.sharing import Sharing
 from moe_peer.streams import FewReflections, FewWatches, Places
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ log = logging.getLogger(__name__)
 SERVICE = "moe_net.v1.ExpertService"
 MAX_FETCHES = 2
 """At once: each holds its layer's state twice, as tensors and as a file."""
+MAX_SHARES = 16
+"""At once, most of them waiting for the commit that closes the step."""
 CHUNK_TIMEOUT_S = 30.0
 """For a chunk of Fetch to be taken, or a piece of a call to come or be taken. Who does neither must not hold one of the
 few places."""
@@ -143,6 +146,8 @@ class ExpertServer:
         self.replicator = Replicator(host, self._device, run=run.name, peer_id=peer_id, on_meeting=on_meeting)
         fitting_calls = 8 * max_queue_bytes // self._limits.max_message_bytes
         self._max_concurrent_calls = max_concurrent_calls or min(max(fitting_calls, 64), 512)
+        self.sharing = Sharing(host, self._device.run, peer_id=peer_id)
+        self._shares = Places("Share", MAX_SHARES)
         self._fetches = Places("Fetch", MAX_FETCHES)
         self._chunk_timeout_s = chunk_timeout_s
         self._health = FewWatches()
@@ -190,6 +195,7 @@ class ExpertServer:
         if self._server is not None:
             await self._server.stop(grace_s)
             self._server = None
+        await self.sharing.close()
         await self._stack.aclose()
 
     def _handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
@@ -211,6 +217,7 @@ class ExpertServer:
             handler = self._answering(name, partial(self._in_pieces, method))
             handlers[name] = grpc.stream_stream_rpc_method_handler(handler)
         handlers["Fetch"] = grpc.unary_stream_rpc_method_handler(self._answering("Fetch", self._fetch))
+        handlers["Share"] = grpc.unary_stream_rpc_method_handler(self._answering("Share", self._share))
         handlers["Exchange"] = grpc.stream_stream_rpc_method_handler(self._answering("Exchange", self._exchange))
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
@@ -258,8 +265,7 @@ class ExpertServer:
 
     async def _commit(self, raw: bytes, _context: Context) -> bytes:
         call = codec.decode_commit_call(raw)
-        # Once begun it is applied whole, whether or not the caller is still there to hear of it.
-        return codec.encode_commit_answer(await self._device.run(self._host.commit, call))
+        return codec.encode_commit_answer(await self.sharing.commit(call))
 
     async def _info(self, _raw: bytes, _context: Context) -> bytes:
         return (await self._device.run(self._describe)).SerializeToString()
@@ -267,10 +273,17 @@ class ExpertServer:
     async def _fetch(self, raw: bytes, context: Context) -> None:
         with self._fetches.one():
             layer, indices = codec.decode_fetch_call(raw, self._limits)
-            taker = _peer_id_of(context)
-            state = await self._device.run(self._copy_state, layer, indices, taker)
+            state = await self._device.run(self._host.fetch, layer, indices)
             data, digest = await asyncio.to_thread(_pack, state, self._run.name, self._host)
             del state
+            await self._send_file(data, digest, context)
+
+    async def _share(self, raw: bytes, context: Context) -> None:
+        with self._shares.one():
+            call = codec.decode_share_call(raw, self._limits)
+            share = await self.sharing.answer(call, limit_s=context.time_remaining())
+            data, digest = await asyncio.to_thread(_pack, share.to_state(), self._run.name, self._host)
+            del share
             await self._send_file(data, digest, context)
 
     async def _send_file(self, data: bytes, digest: bytes, context: Context) -> None:
@@ -286,12 +299,6 @@ class ExpertServer:
                     await context.write(chunk.SerializeToString())
             except TimeoutError:
                 raise TimeoutError(f"{start} of {len(data)} bytes were taken in time, then no more") from None
-
-    def _copy_state(self, layer: int, indices: Sequence[int], taker: str | None) -> dict[str, Any]:
-        state = self._host.fetch(layer, indices)
-        if taker is not None:
-            self.replicator.fetched(taker, layer, indices)
-        return state
 
     async def _exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
         await self.replicator.answer(requests, context.write, limit_s=context.time_remaining())
@@ -369,14 +376,6 @@ class ExpertServer:
             yield server
         finally:
             await server.stop(grace_s=grace_s)
-
-
-def _peer_id_of(context: Context) -> str | None:
-    """The hosting peer that a Fetch says it comes from."""
-    for key, value in context.invocation_metadata() or ():
-        if key == PEER_ID_KEY and isinstance(value, str) and 0 < len(value) <= MAX_TRAINER_BYTES:
-            return value
-    return None
 
 
 def _pack(state: dict[str, Any], run: str, host: ExpertHost) -> tuple[bytes, bytes]:

@@ -23,6 +23,7 @@ from moe_net.client import make_banks
 from moe_net.errors import BusyError
 from moe_net.experts.bank import ExpertBank
 from moe_net.experts.host import ExpertHost
+from moe_net.experts.lineage import Lineage
 from moe_net.placement.view import View
 from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.base import CallError, CallFailure
@@ -44,8 +45,8 @@ ALL = list(range(RUN.model.n_experts))
 class Host(ExpertHost):
     """A real one that can be told to stand still in the middle of a meeting."""
 
-    def __init__(self, experts: Sequence[ExpertId] = RUN.model.expert_ids) -> None:
-        super().__init__(make_banks(RUN, experts))
+    def __init__(self, experts: Sequence[ExpertId] = RUN.model.expert_ids, *, origin: int = 1) -> None:
+        super().__init__(make_banks(RUN, experts, origin=origin))
         self.gate, self.begun, self.steps = threading.Event(), threading.Semaphore(0), 0
         self.gate.set()
 
@@ -107,7 +108,7 @@ class Pair:
 async def pair(
     a: Host | None = None, b: Host | None = None, transport: type[GrpcTransport] = GrpcTransport
 ) -> AsyncIterator[Pair]:
-    a, b = a or Host(), b or Host()
+    a, b = a or Host(), b or Host(origin=2)
     met: list[Meeting] = []
     async with (
         ExpertServer.serving(a, run=RUN, peer_id="a", listen="127.0.0.1:0", grace_s=1.0) as server_a,
@@ -119,7 +120,7 @@ async def pair(
             PeerInfo(peer_id=name, address=server.address, experts=host.experts)
             for name, server, host in (("a", server_a, a), ("b", server_b, b))
         ]
-        link = transport(run=RUN.name, shape=SHAPE, peer_id="a")
+        link = transport(run=RUN.name, shape=SHAPE)
         try:
             yield Pair(a, b, server_a, server_b, link, *infos, met)
         finally:
@@ -144,6 +145,7 @@ async def test_both_have_the_mean_weighted_by_the_rows_each_has_stepped_on() -> 
             index, what = int(name.split(".")[1]), name.split(".")[2]
             if what == "version":
                 assert int(value) == 2
+            if what in ("version", "lineage"):
                 continue
             share = {0: 1 / 4, 1: 0.0, 2: 1.0, 4: 1 / 2}.get(index, 1.0)  # 3, 5: b has made more steps
             torch.testing.assert_close(value, a[name] * (1 - share) + b[name] * share)
@@ -177,7 +179,7 @@ async def test_a_fresh_replica_takes_over_the_other_bit_for_bit() -> None:
         assert all(torch.equal(v, p.b.fetch(0, ())[n]) for n, v in p.a.fetch(0, ()).items())
 
 
-async def test_a_fetch_counts_as_a_meeting() -> None:
+async def test_what_came_with_a_fetch_counts_once() -> None:
     async with pair() as p:
         learn(p.b, {0: 1000}, seed=1)
         p.a.load_state(await p.transport.fetch(p.peer_b, 0, [0], timeout_s=10))
@@ -195,7 +197,7 @@ class Slow(GrpcTransport):
 
     async def exchange(
         self, peer: PeerInfo, head: ExchangeHead, state: Mapping[str, Tensor], *, timeout_s: float
-    ) -> tuple[ExchangeHead, dict[str, Tensor]]:
+    ) -> dict[str, Tensor]:
         answer = await super().exchange(peer, head, state, timeout_s=timeout_s)
         self.meanwhile()
         return answer
@@ -214,12 +216,12 @@ async def test_steps_made_meanwhile_are_kept_and_weigh_in_the_next_meeting() -> 
         await p.meet([0])
         mean, now = p.b.fetch(0, [0]), alone.fetch(0, [0])
         for name, value in p.a.fetch(0, [0]).items():
-            if "v_" not in name:
+            if "v_" not in name and "lineage" not in name:
                 torch.testing.assert_close(value, mean[name] + (now[name] - sent[name]))
             assert bool((value >= 0).all()) or "v_" not in name
         assert int(p.a.fetch(0, [0])["0.0.version"]) == 2
-        rows = p.server_a.replicator._meetings.rows_since("b", 0, p.a.stepped_rows(0, [0]))
-        assert rows == {0: 7}
+        ours, theirs = p.a.bank().lineages[0], p.b.bank().lineages[0]
+        assert (ours.unseen_by(theirs), theirs.unseen_by(ours)) == (7, 0)
 
 
 async def test_sums_and_commits_are_untouched_and_nothing_older_than_the_weights_is_used() -> None:
@@ -263,8 +265,7 @@ async def test_a_partner_that_dies_half_way_leaves_the_initiator_as_it_was() -> 
         await stopping
         assert same(p.a.everything(), before)
         assert p.server_a.replicator._in_flight == set()
-        rows = p.server_a.replicator._meetings.rows_since("b", 0, p.a.stepped_rows(0, [0]))
-        assert rows == {0: 3}, "they have not met"
+        assert p.a.bank().lineages[0] == Lineage().plus(1, 3, 1), "they have not met"
 
 
 async def test_two_that_ask_each_other_at_once_refuse_and_do_not_wait() -> None:
@@ -290,7 +291,7 @@ def chunk(**fields: Any) -> expert_pb2.ExchangeChunk:
 
 
 def whole(data: bytes, **fields: Any) -> list[bytes]:
-    named: dict[str, Any] = {"peer_id": "x", "layer": 0, "expert_index": [0, 1], "rows": [5, 5]}
+    named: dict[str, Any] = {"peer_id": "x", "layer": 0, "expert_index": [0, 1]}
     sha256 = hashlib.sha256(data).digest()
     return [chunk(**{"data": data, "sha256": sha256, **named, **fields}).SerializeToString()]
 
@@ -307,6 +308,10 @@ def put(name: str, value: float) -> Callable[[dict[str, Tensor]], Any]:
     return lambda state: state[name].view(-1)[:1].fill_(value)
 
 
+def lineage(rows: list[list[int]]) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda state: state.update({"0.1.lineage": torch.tensor(rows)})
+
+
 def misshapen(state: dict[str, Tensor]) -> None:
     state["0.0.w_in"] = torch.zeros(2)
 
@@ -320,9 +325,8 @@ FORGED: dict[str, tuple[Callable[[], list[bytes]], set[StatusCode], str]] = {
     "no name": (lambda: whole(b"x", peer_id=""), BAD, "peer_id: 0 bytes"),
     "a long name": (lambda: whole(b"x", peer_id="x" * 500), BAD, "peer_id: 500 bytes"),
     "our own name": (lambda: whole(b"x", peer_id="b"), BAD, "our own"),
-    "no experts": (lambda: whole(b"x", expert_index=[], rows=[]), BAD, "expert_index: 0 experts"),
+    "no experts": (lambda: whole(b"x", expert_index=[]), BAD, "expert_index: 0 experts"),
     "an expert twice": (lambda: whole(b"x", expert_index=[1, 1]), BAD, "twice"),
-    "rows of other experts": (lambda: whole(b"x", rows=[1]), BAD, "1 counts for 2"),
     "an unknown expert": (lambda: whole(b"x", expert_index=[0, 99]), NOT_HERE, "experts 99 of layer 0"),
     "an unknown layer": (lambda: whole(b"x", layer=9), NOT_HERE, "layer 9"),
     "too long": (lambda: whole(bytes(1 << 20)), MUCH, "the most that 2 experts take"),
@@ -337,6 +341,11 @@ FORGED: dict[str, tuple[Callable[[], list[bytes]], set[StatusCode], str]] = {
     "negative second moment": (lambda: whole(state_bytes(change=put("0.1.v_in", -1e-9))), BAD, "negative"),
     "negative version": (lambda: whole(state_bytes(change=put("0.1.version", -1))), BAD, "negative"),
     "a shape of its own": (lambda: whole(state_bytes(change=misshapen)), BAD, "0.0.w_in is"),
+    "a lineage of another shape": (lambda: whole(state_bytes(change=lineage([[1, 2]]))), BAD, "lineage is"),
+    "a long lineage": (lambda: whole(state_bytes(change=lineage([[i, 1, 1] for i in range(99)]))), BAD, "lineage is"),
+    "a negative lineage": (lambda: whole(state_bytes(change=lineage([[1, -1, 1]]))), BAD, "negative or over"),
+    "a huge lineage": (lambda: whole(state_bytes(change=lineage([[1, 1, 2**60]]))), BAD, "negative or over"),
+    "an origin twice": (lambda: whole(state_bytes(change=lineage([[1, 1, 1], [1, 2, 1]]))), BAD, "an origin twice"),
     "a missing field": (lambda: whole(state_bytes(change=lambda s: s.pop("0.0.m_in"))), BAD, "0.0.m_in is missing"),
     "a mean that overflows": (lambda: whole(state_bytes(change=put("0.1.w_in", 3.4e38))), BAD, "no mean"),
 }  # fmt: skip
@@ -370,8 +379,7 @@ async def test_forged_and_malformed_exchanges_get_a_status_and_change_nothing() 
             assert reason in details, (what, details)
             assert same(p.b.everything(), before), what
         assert (p.server_b.replicator._in_flight, p.server_b.replicator._answering) == (set(), 0)
-        assert len(p.server_b.replicator._meetings) == 0
-        code, details = await status_of(p.server_b.address, whole(state_bytes((0,)), expert_index=[0], rows=[5]))
+        code, details = await status_of(p.server_b.address, whole(state_bytes((0,)), expert_index=[0]))
         assert code is StatusCode.OK, details
 
 

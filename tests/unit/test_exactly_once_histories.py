@@ -19,7 +19,8 @@ from torch import Tensor
 
 from moe_net.errors import InputsGoneError, StaleStepError
 from moe_net.experts.bank import ExpertBank
-from moe_net.experts.host import ExpertHost, pad_pairs
+from moe_net.experts.host import ExpertHost
+from moe_net.experts.merging import pad_pairs
 from moe_net.kernels.dispatch import moe_ffn_backward
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertShape

@@ -16,7 +16,8 @@ from torch import Tensor
 from moe_net.errors import BusyError, InputsGoneError, StaleStepError, UnknownExpertError, WireError
 from moe_net.experts.bank import ExpertBank
 from moe_net.experts.callbook import FORGET_AFTER_S, CallBook
-from moe_net.experts.host import ExpertHost, pad_pairs
+from moe_net.experts.host import ExpertHost
+from moe_net.experts.merging import pad_pairs
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertShape
 from moe_net.wire.messages import (

@@ -166,7 +166,8 @@ def test_the_void_comes_before_the_step_that_its_commit_makes() -> None:
     commit(without, tokens=5)
     for name, value in without.fetch(0, ()).items():
         assert torch.equal(host.fetch(0, ())[name], value)
-    assert host._banks[0].stepped_rows == without._banks[0].stepped_rows == {0: 2, 1: 2, 3: 1}
+    assert host._banks[0].lineages == without._banks[0].lineages
+    assert {i: lineage.seen[0].rows for i, lineage in host._banks[0].lineages.items()} == {0: 2, 1: 2, 3: 1}
 
 
 @pytest.mark.parametrize("journal_bytes", [2 * ENTRY_OVERHEAD_BYTES, 0])

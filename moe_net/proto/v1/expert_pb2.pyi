@@ -486,7 +486,10 @@ Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
 
 @_typing.final
 class FetchChunk(_message.Message):
-    """The chunks, joined, are one safetensors file; `sha256` of the whole stands in the last one."""
+    """The chunks, joined, are one safetensors file; `sha256` of the whole stands in the last one. Beside weights, moments
+    and version an expert may have `lineage`, int64 [origins, 3]: of each life of a peer (a random number) that it has
+    learned from, how many rows, counted from the first, and the expert's version at the last of them; 32 at most.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -509,6 +512,58 @@ class FetchChunk(_message.Message):
 Global___FetchChunk: _TypeAlias = FetchChunk  # noqa: Y015
 
 @_typing.final
+class LayerExperts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    EXPERT_INDEX_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    @_builtins.property
+    def expert_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        expert_index: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_index", b"expert_index", "layer", b"layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerExperts: _TypeAlias = LayerExperts  # noqa: Y015
+
+@_typing.final
+class ShareRequest(_message.Message):
+    """The answer's chunks, joined, are one safetensors file: int64 `origin` (see lineage) and `clock` (steps of the run, with
+    this one), and of each expert that had rows `{layer}.{index}.rows`, int64 [2] (of this step, and the origin's before
+    it), and the sums `g_in` and `g_out`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    batch: _builtins.bytes
+    """which step: SHA-256 of the commits that close it, 32 bytes"""
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]: ...
+    def __init__(
+        self,
+        *,
+        batch: _builtins.bytes = ...,
+        experts: _abc.Iterable[Global___LayerExperts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "experts", b"experts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareRequest: _TypeAlias = ShareRequest  # noqa: Y015
+
+@_typing.final
 class ExchangeChunk(_message.Message):
     """The chunks, joined, are one safetensors file as in FetchChunk. In the first one: what it is about."""
 
@@ -519,7 +574,6 @@ class ExchangeChunk(_message.Message):
     PEER_ID_FIELD_NUMBER: _builtins.int
     LAYER_FIELD_NUMBER: _builtins.int
     EXPERT_INDEX_FIELD_NUMBER: _builtins.int
-    ROWS_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     sha256: _builtins.bytes
     """of the whole, in the last chunk"""
@@ -528,10 +582,6 @@ class ExchangeChunk(_message.Message):
     layer: _builtins.int
     @_builtins.property
     def expert_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """rows whose gradients each expert has stepped on since these two last met"""
-
     def __init__(
         self,
         *,
@@ -540,11 +590,10 @@ class ExchangeChunk(_message.Message):
         peer_id: _builtins.str = ...,
         layer: _builtins.int = ...,
         expert_index: _abc.Iterable[_builtins.int] | None = ...,
-        rows: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "expert_index", b"expert_index", "layer", b"layer", "peer_id", b"peer_id", "rows", b"rows", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "expert_index", b"expert_index", "layer", b"layer", "peer_id", b"peer_id", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -77,6 +77,11 @@ class ExpertServiceStub:
                 request_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.SerializeToString,
                 response_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.FromString,
                 _registered_method=True)
+        self.Share = channel.unary_stream(
+                '/moe_net.v1.ExpertService/Share',
+                request_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ShareRequest.SerializeToString,
+                response_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.FetchChunk.FromString,
+                _registered_method=True)
 
 
 class ExpertServiceServicer:
@@ -141,6 +146,14 @@ class ExpertServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Share(self, request, context):
+        """The gradients that this replica adds to a step which the caller makes as well; waits until it makes it.
+        FAILED_PRECONDITION: that step is over here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -183,6 +196,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Exchange,
                     request_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.FromString,
                     response_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.SerializeToString,
+            ),
+            'Share': grpc.unary_stream_rpc_method_handler(
+                    servicer.Share,
+                    request_deserializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.ShareRequest.FromString,
+                    response_serializer=moe__net_dot_proto_dot_v1_dot_expert__pb2.FetchChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -404,6 +422,33 @@ class ExpertService:
             '/moe_net.v1.ExpertService/Exchange',
             moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.SerializeToString,
             moe__net_dot_proto_dot_v1_dot_expert__pb2.ExchangeChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Share(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moe_net.v1.ExpertService/Share',
+            moe__net_dot_proto_dot_v1_dot_expert__pb2.ShareRequest.SerializeToString,
+            moe__net_dot_proto_dot_v1_dot_expert__pb2.FetchChunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,6 +52,10 @@ class ExpertServiceStub:
     """Whole state of experts (weights, optimizer, version), for checkpoints and joining replicas."""
     Exchange: _grpc.StreamStreamMultiCallable[_expert_pb2.ExchangeChunk, _expert_pb2.ExchangeChunk]
     """Two replicas average: one sends its state of some experts, the other answers with the mean, which both keep."""
+    Share: _grpc.UnaryStreamMultiCallable[_expert_pb2.ShareRequest, _expert_pb2.FetchChunk]
+    """The gradients that this replica adds to a step which the caller makes as well; waits until it makes it.
+    FAILED_PRECONDITION: that step is over here.
+    """
 
 @_typing.type_check_only
 class ExpertServiceAsyncStub(ExpertServiceStub):
@@ -77,6 +81,10 @@ class ExpertServiceAsyncStub(ExpertServiceStub):
     """Whole state of experts (weights, optimizer, version), for checkpoints and joining replicas."""
     Exchange: _aio.StreamStreamMultiCallable[_expert_pb2.ExchangeChunk, _expert_pb2.ExchangeChunk]  # type: ignore[assignment]
     """Two replicas average: one sends its state of some experts, the other answers with the mean, which both keep."""
+    Share: _aio.UnaryStreamMultiCallable[_expert_pb2.ShareRequest, _expert_pb2.FetchChunk]  # type: ignore[assignment]
+    """The gradients that this replica adds to a step which the caller makes as well; waits until it makes it.
+    FAILED_PRECONDITION: that step is over here.
+    """
 
 class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
     """The experts of one peer. Every tensor is the last field of its message (see tensor.proto); the packed
@@ -147,5 +155,15 @@ class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_expert_pb2.ExchangeChunk], _abc.AsyncIterator[_expert_pb2.ExchangeChunk]]:
         """Two replicas average: one sends its state of some experts, the other answers with the mean, which both keep."""
+
+    @_abc_1.abstractmethod
+    def Share(
+        self,
+        request: _expert_pb2.ShareRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_expert_pb2.FetchChunk], _abc.AsyncIterator[_expert_pb2.FetchChunk]]:
+        """The gradients that this replica adds to a step which the caller makes as well; waits until it makes it.
+        FAILED_PRECONDITION: that step is over here.
+        """
 
 def add_ExpertServiceServicer_to_server(servicer: ExpertServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,101 @@
+"""What one replica adds to a step that others make as well: its gradient sums, with the rows that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_net.errors import CheckpointError
+from moe_net.types import ExpertId, ExpertShape
+from moe_net.wire.state import MAX_COUNT
+
+BATCH_BYTES = 32
+_HEADER_BYTES, _ENTRY_BYTES = 64 * 1024, 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareCall:
+    """Asks a replica for its part of a step."""
+
+    batch: bytes
+    """Which step: SHA-256 of the commits that it closes."""
+    experts: tuple[ExpertId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExpertShare:
+    """Of one expert."""
+
+    rows: int
+    """That the sums are of."""
+    rows_before: int
+    """That its origin had stepped on before."""
+    g_in: Tensor
+    g_out: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Share:
+    """One replica's part of one step; only the experts that had rows there."""
+
+    origin: int
+    """Whose rows these are (see `experts.lineage`)."""
+    clock: int
+    """Steps of the run, with this one."""
+    experts: Mapping[ExpertId, ExpertShare]
+
+    def to_state(self) -> dict[str, Tensor]:
+        """For `wire.snapshot.pack`."""
+        state = {"origin": torch.tensor(self.origin), "clock": torch.tensor(self.clock)}
+        for expert, share in self.experts.items():
+            state[f"{expert}.rows"] = torch.tensor([share.rows, share.rows_before])
+            state[f"{expert}.g_in"], state[f"{expert}.g_out"] = share.g_in, share.g_out
+        return state
+
+
+def share_from_state(state: Mapping[str, Tensor], *, asked: Collection[ExpertId], shape: ExpertShape) -> Share:
+    """The share in `state`, of no experts but those `asked` for. CheckpointError when it is none, or not usable."""
+    origin, clock = (_number(state, name) for name in ("origin", "clock"))
+    named = {name.rpartition(".")[0] for name in state if name not in ("origin", "clock")}
+    experts: dict[ExpertId, ExpertShare] = {}
+    for expert in asked:
+        if str(expert) in named:
+            named.discard(str(expert))
+            experts[expert] = _expert_share(state, str(expert), shape)
+    if named or len(state) != 2 + 3 * len(experts):
+        raise CheckpointError("a share of gradients with more in it than was asked for")
+    return Share(origin=origin, clock=clock, experts=experts)
+
+
+def _number(state: Mapping[str, Tensor], name: str) -> int:
+    value = state.get(name)
+    if value is None or value.dtype != torch.int64 or value.ndim or int(value) < 1:
+        raise CheckpointError(f"{name} is missing, or no positive number")
+    return int(value)
+
+
+def _expert_share(state: Mapping[str, Tensor], name: str, shape: ExpertShape) -> ExpertShare:
+    wanted = {
+        "rows": (torch.int64, (2,)),
+        "g_in": (torch.float32, (shape.d_model, shape.d_hidden)),
+        "g_out": (torch.float32, (shape.d_ff, shape.d_model)),
+    }
+    for field, (dtype, size) in wanted.items():
+        value = state.get(f"{name}.{field}")
+        if value is None or value.dtype != dtype or value.shape != size:
+            raise CheckpointError(f"{name}.{field} is missing, or not {dtype} {list(size)}")
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(f"{name}.{field} holds values that are not finite")
+    rows, before = state[f"{name}.rows"].tolist()
+    if not (0 < rows <= MAX_COUNT and 0 <= before <= MAX_COUNT):
+        raise CheckpointError(f"{name}.rows is {rows} after {before}, must be 1..{MAX_COUNT} and 0..{MAX_COUNT}")
+    return ExpertShare(rows=rows, rows_before=before, g_in=state[f"{name}.g_in"], g_out=state[f"{name}.g_out"])
+
+
+def max_share_bytes(n_experts: int, shape: ExpertShape) -> int:
+    """More than a file of `n_experts` shares ever has, and little more."""
+    one_bytes = 4 * shape.d_model * (shape.d_hidden + shape.d_ff) + 16
+    return _HEADER_BYTES + n_experts * (one_bytes + 3 * _ENTRY_BYTES)

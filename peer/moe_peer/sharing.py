@@ -1,0 +1,194 @@
+"""Replicas make each step together: every one steps on the gradients of all, so they stay one expert (DESIGN, D5, D6).
+
+A trainer's commit reaches all replicas at about the same time. Each that closes a batch by it sets its sums apart, asks
+those that close the same one (the same commits) for theirs, and steps on all of them, added in one order: replicas
+that were equal are equal again, to the bit, and equal to one peer that had got all rows. Averaging afterwards cannot
+do that: AdamW that sees half of the rows sees more noise and makes smaller steps for it (a learning rate divided by
+sqrt(2) costs as much). And a replica that dies takes no learning with it.
+
+Nobody waits for long: who does not answer soon is left out, and asked again some steps later. Then one side has stepped
+on more than the other; their lineages say so, and their next meeting (gossip.py) mends it. A gradient that was voided
+is out of the sums before these are set apart, so it is in no share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import mean
+from typing import Any, Protocol
+
+from moe_net.errors import InputsGoneError
+from moe_net.experts.host import Closed, ExpertHost
+from moe_net.placement.view import View
+from moe_net.rpc.base import CallError, CallFailure
+from moe_net.types import ExpertId, PeerInfo
+from moe_net.wire.messages import CommitAnswer, CommitCall
+from moe_net.wire.share import Share, ShareCall
+
+log = logging.getLogger(__name__)
+
+MIN_WAIT_S, MAX_WAIT_S = 0.2, 1.0
+"""For a replica's part of a step. At most half of a commit's shortest deadline, `CallPolicy.min_timeout_s`."""
+STEP_SHARE = 0.5
+"""Of the time between steps, at most, for waiting."""
+PATIENCE = 4.0
+"""Times the longest of a replica's last answers."""
+MAX_SKIPPED = 63
+"""Steps made without asking one that does not answer."""
+REMEMBERED = 64
+"""Batches that are over: their shares are gone, and nobody has to wait for them."""
+
+
+class Ask(Protocol):
+    """`GrpcTransport.share`."""
+
+    async def __call__(self, peer: PeerInfo, call: ShareCall, *, timeout_s: float) -> Share: ...
+
+
+@dataclass(slots=True)
+class _Partner:
+    waits_s: deque[float] = field(default_factory=lambda: deque[float](maxlen=16))
+    failures: int = 0
+    """In a row."""
+    skip: int = 0
+    """Steps to be made without it."""
+
+    def answered(self, waited_s: float) -> None:
+        self.waits_s.append(waited_s)
+        self.failures = 0
+
+    def failed(self) -> None:
+        self.failures += 1
+        self.skip = min(MAX_SKIPPED, 2 ** min(self.failures, 16) - 1)
+
+
+class Sharing:
+    """The commits of one host. Lives on the loop; what touches experts runs by `run`, on their device's thread."""
+
+    def __init__(self, host: ExpertHost, run: Callable[..., Awaitable[Any]], *, peer_id: str) -> None:
+        self._host = host
+        self._run = run
+        self._peer_id = peer_id
+        self._mine = frozenset(host.experts)
+        self._ask: Ask | None = None
+        self._view: Callable[[], View] = lambda: View(())
+        self._partners: dict[str, _Partner] = {}
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[CommitAnswer]] = set()
+        self._batch = b""
+        self._share: Share | None = None
+        self._over: deque[bytes] = deque(maxlen=REMEMBERED)
+        self._closing = asyncio.Event()
+        self._ended_s: float | None = None
+        self._between_s: deque[float] = deque(maxlen=8)
+
+    def begin(self, ask: Ask, view: Callable[[], View]) -> None:
+        """From now on steps are made together with the replicas in `view`. An origin is needed for that."""
+        assert self._host.origin, "replicas are told apart by their origins"
+        self._ask, self._view = ask, view
+
+    async def commit(self, call: CommitCall) -> CommitAnswer:
+        """As `ExpertHost.commit`. Once begun it is done whole, whether or not the caller stays."""
+        task = asyncio.create_task(self._commit(call), name="commit")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _commit(self, call: CommitCall) -> CommitAnswer:
+        async with self._turn:
+            partners = self._replicas()
+            shared = {expert for peer in partners for expert in self._mine.intersection(peer.experts)}
+            answer, closed, share = await self._run(self._close, call, shared)
+            if closed is None:
+                return answer
+            now_s = asyncio.get_running_loop().time
+            if self._ended_s is not None:
+                self._between_s.append(now_s() - self._ended_s)
+            self._over.append(self._batch)
+            self._batch, self._share = closed.batch, share
+            self._closing.set()
+            self._closing = asyncio.Event()
+            parts = await asyncio.gather(*(self._part_of(peer, closed) for peer in partners))
+            if partners:
+                await self._run(self._host.finish_commit, closed, [part for part in parts if part is not None])
+            self._ended_s = now_s()
+            return answer
+
+    def _close(
+        self, call: CommitCall, shared: Collection[ExpertId]
+    ) -> tuple[CommitAnswer, Closed | None, Share | None]:
+        """With nobody to share with, the step is made at once."""
+        answer, closed = self._host.begin_commit(call, detach=bool(shared))
+        if closed is None:
+            return answer, None, None
+        share = self._host.share(closed, shared)
+        if not shared:
+            self._host.finish_commit(closed)
+        return answer, closed, share
+
+    def _replicas(self) -> Sequence[PeerInfo]:
+        if self._ask is None:
+            return ()
+        peers = self._view().peers
+        self._partners = {peer_id: partner for peer_id, partner in self._partners.items() if peer_id in peers}
+        return [p for i, p in peers.items() if i != self._peer_id and not self._mine.isdisjoint(p.experts)]
+
+    def limit_s(self, peer_id: str) -> float:
+        """How long to wait for that replica now."""
+        most_s = MAX_WAIT_S
+        if self._between_s:
+            most_s = min(most_s, max(MIN_WAIT_S, STEP_SHARE * mean(self._between_s)))
+        partner = self._partners.get(peer_id)
+        if partner is None or not partner.waits_s:
+            return most_s
+        return min(most_s, max(MIN_WAIT_S, PATIENCE * max(partner.waits_s)))
+
+    async def _part_of(self, peer: PeerInfo, closed: Closed) -> Share | None:
+        """None when it has none, or does not say in time."""
+        assert self._ask is not None, "there are no replicas before `begin`"
+        partner = self._partners.setdefault(peer.peer_id, _Partner())
+        if partner.skip > 0:
+            partner.skip -= 1
+            return None
+        now_s, limit_s = asyncio.get_running_loop().time, self.limit_s(peer.peer_id)
+        began_s = now_s()
+        shared = tuple(sorted(self._mine.intersection(peer.experts)))
+        try:
+            async with asyncio.timeout(limit_s):
+                share = await self._ask(peer, ShareCall(batch=closed.batch, experts=shared), timeout_s=limit_s)
+        except TimeoutError:
+            self._without(peer, partner, f"no answer in {limit_s:.2f} s")
+            return None
+        except CallError as error:
+            # One that is past this step, or busy, said so at once.
+            if error.failure in (CallFailure.INPUTS_GONE, CallFailure.BUSY):
+                log.debug("a step without %s: %s", peer.peer_id, error)
+            else:
+                self._without(peer, partner, str(error))
+            return None
+        partner.answered(now_s() - began_s)
+        return share
+
+    def _without(self, peer: PeerInfo, partner: _Partner, why: str) -> None:
+        partner.failed()
+        log.info("a step without %s, and %d more: %s", peer.peer_id, partner.skip, why)
+
+    async def answer(self, call: ShareCall, *, limit_s: float | None = None) -> Share:
+        """Our part of a step, once we have closed it too. InputsGoneError: it is over; TimeoutError: not in time."""
+        async with asyncio.timeout(MAX_WAIT_S if limit_s is None else min(limit_s, MAX_WAIT_S)):
+            while self._share is None or call.batch != self._batch:
+                if call.batch in self._over:
+                    raise InputsGoneError("batch: that step is over here")
+                await self._closing.wait()
+        share = self._share
+        experts = {expert: share.experts[expert] for expert in call.experts if expert in share.experts}
+        return replace(share, experts=experts)
+
+    async def close(self) -> None:
+        """Finish what has begun."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)

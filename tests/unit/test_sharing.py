@@ -1,0 +1,378 @@
+"""Replicas that make a step together equal one peer with all the rows; whoever does not answer is not waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from swarms import small_run
+from torch import Tensor
+
+from moe_net.client import make_banks
+from moe_net.errors import CheckpointError, InputsGoneError
+from moe_net.experts.host import ExpertHost
+from moe_net.experts.replicate import average
+from moe_net.placement.view import View
+from moe_net.rpc.base import CallError, CallFailure
+from moe_net.types import ExpertId, PeerInfo
+from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitAnswer, CommitCall, RoutedRows
+from moe_net.wire.share import Share, ShareCall, share_from_state
+from moe_peer.sharing import MAX_SKIPPED, MAX_WAIT_S, MIN_WAIT_S, Sharing
+
+RUN = small_run()
+D, SHAPE = RUN.model.d_model, RUN.model.expert_shape
+ALL = RUN.model.expert_ids
+FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+@dataclass
+class Peer:
+    host: ExpertHost
+    sharing: Sharing
+    asked: int = 0
+
+
+@dataclass
+class Swarm:
+    """Peers that ask each other without a network; `broken` says what a call to one of them meets."""
+
+    peers: dict[str, Peer] = field(default_factory=dict[str, Peer])
+    broken: dict[str, Callable[[], Any]] = field(default_factory=dict[str, Callable[[], Any]])
+    step: int = 0
+
+    def add(self, name: str, *, shares: bool = True) -> ExpertHost:
+        host = ExpertHost(make_banks(RUN, ALL, origin=1 + len(self.peers)))
+
+        async def run(fn: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+            await asyncio.sleep(0)
+            return fn(*arguments, **options)
+
+        self.peers[name] = Peer(host, Sharing(host, run, peer_id=name))
+        if shares:
+            self.peers[name].sharing.begin(self.ask, self.view)
+        return host
+
+    def view(self) -> View:
+        return View(PeerInfo(peer_id=name, address="", experts=peer.host.experts) for name, peer in self.peers.items())
+
+    async def ask(self, peer: PeerInfo, call: ShareCall, *, timeout_s: float) -> Share:
+        there = self.peers[peer.peer_id]
+        there.asked += 1
+        if peer.peer_id in self.broken:
+            await self.broken[peer.peer_id]()
+        try:
+            share = await there.sharing.answer(call, limit_s=timeout_s)
+        except InputsGoneError as error:
+            raise CallError(CallFailure.INPUTS_GONE, peer.peer_id, str(error)) from error
+        state = share.to_state()
+        return share_from_state(state, asked=call.experts, shape=SHAPE)
+
+    async def commit(
+        self, *names: str, void: Mapping[str, tuple[bytes, ...]] | None = None, tokens: int = RUN.global_batch_tokens
+    ) -> list[CommitAnswer]:
+        calls = [CommitCall(trainer="t", step=self.step, tokens=tokens, void=(void or {}).get(n, ())) for n in names]
+        self.step += 1
+        return await asyncio.gather(*(self.peers[n].sharing.commit(c) for n, c in zip(names, calls, strict=True)))
+
+
+def backward(host: ExpertHost, step: int, seed: int, rows: int = 12, trainer: str = "t") -> bytes:
+    """Add the gradient of some rows of layer 0; its call id."""
+    draw = torch.Generator().manual_seed(seed)
+    call = BackwardCall(
+        call_id=(seed + 1).to_bytes(16, "big"), trainer=trainer, step=step, layer=0,
+        grad_RD=torch.randn(rows, D, generator=draw),
+        rows=RoutedRows(
+            x_RD=torch.randn(rows, D, generator=draw),
+            experts_per_row_R=torch.ones(rows, dtype=torch.int32),
+            expert_index_P=torch.randint(0, RUN.model.n_experts - 1, (rows,), generator=draw, dtype=torch.int32),
+            gate_P=torch.ones(rows),
+        ),
+    )  # fmt: skip
+    assert isinstance(host.backward_many([call])[0], BackwardAnswer)
+    return call.call_id
+
+
+def everything(host: ExpertHost) -> dict[str, Tensor]:
+    return {n: v for layer in host.versions for n, v in host.fetch(layer, (), with_sums=False).items()}
+
+
+def assert_equal(a: ExpertHost, b: ExpertHost) -> None:
+    """To the bit, lineages included."""
+    mine, other = everything(a), everything(b)
+    assert mine.keys() == other.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, other[name]), name
+
+
+def assert_close(a: ExpertHost, one: ExpertHost) -> None:
+    mine, other = everything(a), everything(one)
+    for name, value in other.items():
+        if not name.endswith("lineage"):
+            torch.testing.assert_close(mine[name], value, rtol=2e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("names", ["ab", "abc"])
+async def test_replicas_that_share_the_rows_equal_one_peer_with_all_of_them(names: str) -> None:
+    swarm, one = Swarm(), ExpertHost(make_banks(RUN, ALL, origin=99))
+    for name in names:
+        swarm.add(name)
+    for step in range(6):
+        for i, name in enumerate(names):
+            seed = 10 * step + i
+            backward(swarm.peers[name].host, step, seed)
+            backward(one, step, seed)
+        answers = await swarm.commit(*names)
+        assert all(answer.stepped for answer in answers)
+        one.commit(CommitCall(trainer="t", step=step, tokens=RUN.global_batch_tokens))
+    first, *others = [swarm.peers[name].host for name in names]
+    for other in others:
+        assert_equal(first, other)
+    assert_close(first, one)
+
+
+async def test_a_replica_without_rows_takes_part_in_the_favourites_steps() -> None:
+    swarm = Swarm()
+    favourite, idle, alone = swarm.add("a"), swarm.add("b"), ExpertHost(make_banks(RUN, ALL, origin=1))
+    for step in range(4):
+        for host in (favourite, alone):
+            backward(host, step, step)
+        await swarm.commit("a", "b")
+        alone.commit(CommitCall(trainer="t", step=step, tokens=RUN.global_batch_tokens))
+    assert_equal(favourite, idle)
+    assert_equal(favourite, alone)
+
+
+async def test_a_dead_partner_is_left_out_at_once_and_asked_more_and_more_seldom() -> None:
+    swarm = Swarm()
+    living = swarm.add("a")
+    swarm.add("dead")
+
+    async def refuse() -> None:
+        raise CallError(CallFailure.UNREACHABLE, "dead", "refused")
+
+    swarm.broken["dead"] = refuse
+    for step in range(20):
+        backward(living, step, step)
+        assert (await swarm.commit("a"))[0].stepped
+    assert swarm.peers["dead"].asked == 4, "after 1, 3 and 7 steps without it"
+    assert MAX_SKIPPED == 63
+
+
+async def test_a_frozen_partner_costs_its_limit_and_what_it_missed_is_made_up_for() -> None:
+    swarm = Swarm()
+    a, b = swarm.add("a"), swarm.add("b")
+    stuck = asyncio.Event()
+    swarm.broken["b"] = stuck.wait
+    backward(a, 0, 1)
+    backward(b, 0, 2)
+    swarm.peers["a"].sharing._between_s.append(0.01)
+    assert swarm.peers["a"].sharing.limit_s("b") == MIN_WAIT_S
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    assert (await swarm.commit("a"))[0].stepped
+    assert loop.time() - began_s >= MIN_WAIT_S * 0.9
+    # b hears of the same commit later: it still gets a's part, and has then seen all that a has.
+    swarm.step = 0
+    await swarm.commit("b")
+    mine, theirs = (host._banks[0].lineages for host in (a, b))
+    assert all(mine[index].unseen_by(theirs[index]) == 0 for index in mine)
+    assert any(theirs[index].unseen_by(mine[index]) > 0 for index in mine)
+    mean = average(a.fetch(0, ()), b.fetch(0, ()))
+    assert all(torch.equal(mean[name], value) for name, value in b.fetch(0, ()).items())
+    stuck.set()
+
+
+async def test_a_voided_gradient_is_in_nobodys_step() -> None:
+    swarm = Swarm()
+    a, b = swarm.add("a"), swarm.add("b")
+    one = ExpertHost(make_banks(RUN, ALL, origin=99))
+    kept, twice = 1, 2
+    for host in (a, one):
+        backward(host, 0, kept)
+    void = backward(a, 0, twice)
+    for host in (b, one):
+        backward(host, 0, twice)
+    answers = await swarm.commit("a", "b", void={"a": (void,)})
+    assert [answer.voided for answer in answers] == [1, 0]
+    one.commit(CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens))
+    assert_equal(a, b)
+    assert_close(a, one)
+
+
+async def test_what_comes_while_replicas_are_asked_belongs_to_the_next_step_and_can_be_voided() -> None:
+    swarm = Swarm()
+    a, b = swarm.add("a"), swarm.add("b")
+    late = asyncio.Event()
+    swarm.broken["b"] = late.wait
+    backward(a, 0, 1)
+    swarm.peers["a"].sharing._between_s.append(10.0)
+    committing = asyncio.create_task(swarm.commit("a", "b"))
+    while not swarm.peers["b"].asked:  # noqa: ASYNC110  its turn comes without an event
+        await asyncio.sleep(0)
+    kept, void = backward(a, 0, 5, trainer="u"), backward(a, 0, 6, trainer="u")
+    late.set()
+    await committing
+    assert_equal(a, b)
+    one = ExpertHost(make_banks(RUN, ALL, origin=99))
+    backward(one, 0, 1)
+    one.commit(CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens))
+    assert_close(a, one)
+    answer = a.commit(CommitCall(trainer="u", step=0, tokens=1, void=(void,)))
+    assert (answer.voided, answer.void_failed) == (1, 0)
+    assert kept != void
+    assert a._banks[0]._optimizer.grads.w_in_EDH.norm() > 0
+
+
+async def test_replicas_that_close_other_batches_do_not_mix_them() -> None:
+    swarm = Swarm()
+    a, b = swarm.add("a"), swarm.add("b")
+    half = RUN.global_batch_tokens // 2
+    backward(a, 0, 1)
+    backward(b, 0, 2)
+    calls = [CommitCall(trainer=trainer, step=0, tokens=half) for trainer in "tuv"]
+    # a closes with t and u, b with u and v.
+    await swarm.peers["a"].sharing.commit(calls[0])
+    await swarm.peers["b"].sharing.commit(calls[1])
+    answers = await asyncio.gather(swarm.peers["a"].sharing.commit(calls[1]), swarm.peers["b"].sharing.commit(calls[2]))
+    assert all(answer.stepped for answer in answers)
+    mine, theirs = (host._banks[0].lineages for host in (a, b))
+    assert all(set(lineage.seen) <= {1} for lineage in mine.values())
+    assert all(set(lineage.seen) <= {2} for lineage in theirs.values())
+    with pytest.raises(InputsGoneError):
+        await swarm.peers["a"].sharing.answer(ShareCall(batch=b"", experts=ALL))
+    with pytest.raises(TimeoutError):
+        await swarm.peers["a"].sharing.answer(ShareCall(batch=b"?" * 32, experts=ALL), limit_s=0.01)
+
+
+async def test_a_newcomer_that_has_missed_commits_counts_steps_as_the_others_do() -> None:
+    swarm = Swarm()
+    a, b = swarm.add("a"), swarm.add("b", shares=False)
+    for step in range(5):
+        if step == 3:
+            for layer in (0, 1):
+                b.load_state(a.fetch(layer, (), with_sums=False))
+        backward(a, step, step)
+        await swarm.commit("a")
+    # They meet: b is ahead of the commits that it has heard of, and will hear of no others.
+    swarm.peers["b"].sharing.begin(swarm.ask, swarm.view)
+    for layer in (0, 1):
+        b.replace_state(layer, a.fetch(layer, (), with_sums=False))
+    swarm.peers["a"].sharing._partners.clear()
+    for step in range(5, 8):
+        backward(a, step, step)
+        backward(b, step, 100 + step)
+        await swarm.commit("a", "b")
+        assert_equal(a, b)
+    assert b.versions[0] == dict.fromkeys(range(RUN.model.n_experts), 8)
+
+
+async def test_a_caller_that_leaves_does_not_leave_half_a_commit() -> None:
+    swarm = Swarm()
+    a, b = swarm.add("a"), swarm.add("b")
+    late = asyncio.Event()
+    swarm.broken["b"] = late.wait
+    backward(a, 0, 1)
+    backward(b, 0, 2)
+    call = CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens)
+    caller = asyncio.create_task(swarm.peers["a"].sharing.commit(call))
+    while not swarm.peers["b"].asked:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    caller.cancel()
+    late.set()
+    await swarm.commit("b")
+    await swarm.peers["a"].sharing.close()
+    assert_equal(a, b)
+    assert a.commit(call).repeated
+
+
+async def test_the_wait_is_learned_and_bounded() -> None:
+    swarm = Swarm()
+    swarm.add("a")
+    sharing = swarm.peers["a"].sharing
+    assert sharing.limit_s("b") == MAX_WAIT_S
+    sharing._between_s.append(1.2)
+    assert sharing.limit_s("b") == pytest.approx(0.6)
+    swarm.add("b")
+    backward(swarm.peers["b"].host, 0, 1)
+    await swarm.commit("a", "b")
+    assert sharing.limit_s("b") == MIN_WAIT_S
+    sharing._partners["b"].answered(0.2)
+    sharing._between_s.clear()
+    assert sharing.limit_s("b") == pytest.approx(0.8)
+
+
+@given(deaths=st.lists(st.sets(st.sampled_from("abc"), max_size=2), min_size=1, max_size=6))
+@FEW
+def test_nothing_is_learned_twice_or_lost_whoever_misses_which_step(deaths: list[set[str]]) -> None:
+    """Every life step by step: who is away hears of no commit and answers nobody; then they meet in any order."""
+
+    async def history() -> None:
+        swarm = Swarm()
+        for name in "abc":
+            swarm.add(name)
+        learned = dict.fromkeys("abc", 0)
+
+        async def refuse() -> None:
+            raise CallError(CallFailure.UNREACHABLE, "?", "away")
+
+        for step, away in enumerate(deaths):
+            swarm.broken = dict.fromkeys(away, refuse)
+            there = [name for name in "abc" if name not in away]
+            for name in there:
+                backward(swarm.peers[name].host, step, 100 * step + ord(name), rows=4)
+                learned[name] += 4
+            await swarm.commit(*there)
+        hosts = [swarm.peers[name].host for name in "abc"]
+        for host in hosts:
+            for lineage in host._banks[0].lineages.values():
+                for origin, seen in lineage.seen.items():
+                    own = hosts[origin - 1]._banks[0].lineages
+                    assert seen.rows <= sum(one.rows_of(origin) for one in own.values())
+        for _ in range(2):
+            for a, b in ((0, 1), (1, 2), (0, 2)):
+                mean = average(hosts[a].fetch(0, ()), hosts[b].fetch(0, ()))
+                for host in (hosts[a], hosts[b]):
+                    host.replace_state(0, mean)
+        for host in hosts:
+            lineages = host._banks[0].lineages.values()
+            for i, name in enumerate("abc", start=1):
+                assert sum(lineage.rows_of(i) for lineage in lineages) == learned[name]
+            met, first = host.fetch(0, ()), hosts[0].fetch(0, ())
+            assert all(torch.equal(value, first[name]) for name, value in met.items())
+
+    asyncio.run(history())
+
+
+def share_state() -> dict[str, Tensor]:
+    zeros = {"0.1.g_in": torch.zeros(D, SHAPE.d_hidden), "0.1.g_out": torch.zeros(SHAPE.d_ff, D)}
+    return {"origin": torch.tensor(5), "clock": torch.tensor(1), "0.1.rows": torch.tensor([3, 0]), **zeros}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"origin": torch.tensor(0)}, "origin"),
+        ({"origin": torch.tensor([5])}, "origin"),
+        ({"clock": torch.tensor(-1)}, "clock"),
+        ({"0.1.rows": torch.tensor([0, 0])}, "rows is 0"),
+        ({"0.1.rows": torch.tensor([1, -1])}, "after -1"),
+        ({"0.1.rows": torch.tensor([1, 2**60])}, "must be"),
+        ({"0.1.rows": torch.tensor(1)}, "rows is missing, or not"),
+        ({"0.1.g_in": torch.zeros(1)}, "g_in is missing, or not"),
+        ({"0.1.g_out": torch.full((SHAPE.d_ff, D), torch.nan)}, "not finite"),
+        ({"0.2.rows": torch.tensor([1, 0])}, "more in it"),
+        ({"0.1.more": torch.tensor(0)}, "more in it"),
+        ({"else": torch.tensor(0)}, "more in it"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(change: dict[str, Tensor], reason: str) -> None:
+    asked = [ExpertId(0, 0), ExpertId(0, 1)]
+    assert share_from_state(share_state(), asked=asked, shape=SHAPE).experts.keys() == {ExpertId(0, 1)}
+    with pytest.raises(CheckpointError, match=reason):
+        share_from_state(share_state() | change, asked=asked, shape=SHAPE)

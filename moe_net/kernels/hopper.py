@@ -46,12 +46,14 @@ def _config(product: str, x_TD: Tensor):
 
     if torch.cuda.get_device_capability(x_TD.device)[0] != 9:
         return None
-    tile_m, tile_n, pingpong, cluster_m = {
-        "up": (128, 256, False, 2),
+    tile = {
         "down backward": (128, 128, True, 1),
         "rows": (128, 192, True, 2),
         "weights": (128, 256, False, 2),
-    }[product]
+    }.get(product)
+    if tile is None:  # "up": the default is as fast
+        return None
+    tile_m, tile_n, pingpong, cluster_m = tile
     return GemmConfig(
         tile_m=tile_m, tile_n=tile_n, pingpong=pingpong, cluster_m=cluster_m, cluster_n=1, is_dynamic_persistent=False,
         device_capacity=9,

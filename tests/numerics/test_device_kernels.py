@@ -36,6 +36,9 @@ def test_sorting_by_counting_equals_torchs_stable_sort(t: int, k: int, e: int, o
     n_pairs = int(right.end_E[-1])
     for name in ("pair_P", "row_P"):
         assert torch.equal(getattr(found, name)[:n_pairs].long(), getattr(right, name)[:n_pairs]), name
+    n_tokens = ids_TK.shape[0]
+    assert bool(((found.row_P >= 0) & (found.row_P < n_tokens)).all()), "a gather by all entries would leave the rows"
+    assert bool(((found.pair_P >= 0) & (found.pair_P < ids_TK.numel())).all())
     for name in ("place_P", "end_E", "bound_B"):
         assert torch.equal(getattr(found, name).long(), getattr(right, name).long()), name
 

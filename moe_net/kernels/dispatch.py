@@ -12,9 +12,7 @@ the matrix products alone, on contiguous data:
 | 256, 2, 4, 512, 2048, GELU    | 26.7 / 91.6          | 26.3 / 79.3 | 26.0 / 75.7 | 24.2 / 70.2 |
 | 512, 2, 3, 128, 128, SwiGLU   | 1.77 / 5.05          | 1.95 / 5.13 | 1.66 / 4.39 | 1.17 / 3.22 |
 
-So a CPU loops. On CUDA grouped_mm has a kernel for bf16 only and falls back to a loop for the rest. Measured on an
-H200, bf16, T=16384, K=4, E=32, D=2048, F=1024, SwiGLU, torch 2.11, forward and backward: grouped 9.6 ms (258 TFLOP/s),
-loop 27.3 ms.
+So a CPU loops. What a GPU does is measured in docs/kernels.md.
 """
 
 from __future__ import annotations

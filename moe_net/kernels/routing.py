@@ -14,8 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routing:
-    """The pairs of a call, sorted by expert. Padding has no place. Entries past the last pair are some pair's all the same:
-    what gathers by all P stays inside."""
+    """The pairs of a call, sorted by expert. Padding has no place.
+
+    Entries past the last pair are somebody's all the same: what gathers by all P stays inside.
+    """
 
     pair_P: Tensor
     """Position t * K + k of each sorted pair."""

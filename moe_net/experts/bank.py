@@ -35,6 +35,11 @@ def memory_bytes(n_experts: int, shape: ExpertShape, *, compute_bytes: int = 0) 
     return n_experts * shape.d_model * (shape.d_hidden + shape.d_ff) * (16 + compute_bytes)
 
 
+def _copy(value: Tensor) -> Tensor:
+    """On the CPU, with memory of its own in the order of its indices, whatever a device keeps it in."""
+    return torch.clone(value, memory_format=torch.contiguous_format).cpu()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ClosedSums:
     """What the experts of one bank shall step on."""
@@ -244,8 +249,8 @@ class ExpertBank:
                 shares[self.indices[slot]] = ExpertShare(
                     rows=rows,
                     rows_before=int(self._stepped_rows_E[slot]),
-                    g_in=g_in.to("cpu", copy=True),
-                    g_out=g_out.to("cpu", copy=True),
+                    g_in=_copy(g_in),
+                    g_out=_copy(g_out),
                 )
         return shares
 
@@ -317,9 +322,7 @@ class ExpertBank:
         for index in self.indices if indices is None else indices:
             slot = self._slot_of[index]
             for field, stack in stacks.items():
-                state[f"{self.layer}.{index}.{field}"] = torch.clone(
-                    stack[slot], memory_format=torch.contiguous_format
-                ).cpu()
+                state[f"{self.layer}.{index}.{field}"] = _copy(stack[slot])
             state[f"{self.layer}.{index}.version"] = torch.tensor(self._optimizer.versions[slot])
             if self._lineages[slot].seen:
                 state[f"{self.layer}.{index}.{LINEAGE_FIELD}"] = self._lineages[slot].to_tensor()

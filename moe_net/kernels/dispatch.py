@@ -157,14 +157,14 @@ def moe_ffn_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx [T, D], dgates [T, K]); adds the weight gradients in place to `weight_grads` unless that is None.
 
-    `saved` comes from a forward of the same arguments; without it (or if another backend saved it) the
+    `saved` comes from a forward of the same arguments and is used up; without it (or if another backend saved it) the
     pre-activations are computed again. dgates is 0 for padding.
     """
     _check(x_TD, expert_ids_TK, gates_TK, weights)
     if dy_TD.shape != x_TD.shape or dy_TD.dtype != x_TD.dtype:
         raise ValueError(f"dy is {dy_TD.dtype} {list(dy_TD.shape)}, but x is {x_TD.dtype} {list(x_TD.shape)}")
     module = choose(x_TD, expert_ids_TK, weights, backend or (saved.backend if saved is not None else None))
-    if saved is not None and saved.backend != module.NAME:
+    if saved is not None and (saved.backend != module.NAME or saved.used_up):
         saved = None
     dx_TD, dgates_TK, _ = module.backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, sums=weight_grads)
     return dx_TD, dgates_TK
@@ -188,6 +188,8 @@ class _MoeFfn(torch.autograd.Function):
         saved = None if ctx.saved_as is None else Saved(ctx.saved_as[0], ctx.saved_as[1], h_PH)
         weights = ExpertWeights(w_in_EDH, w_out_EFD, ctx.activation)
         module = choose(x_TD, expert_ids_TK, weights, None if saved is None else saved.backend)
+        if saved is not None and saved.used_up:
+            saved = None
         fresh = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         dx_TD, dgates_TK, new = module.backward(
             dy_TD.contiguous(), x_TD, expert_ids_TK, gates_TK, weights, saved, sums=None, fresh=fresh

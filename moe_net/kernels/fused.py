@@ -71,6 +71,9 @@ def backward(
         routing, h_PH = saved.routing, saved.h_PH
     assert isinstance(routing, Routing)
     dh_PH, a_PF, partial_PN = products.down_backward(dy_TD, weights.w_out_EFD, h_PH, gates_TK, routing, gated=gated)
+    if saved is not None:
+        saved.release()
+    del h_PH
     new = WeightGrads(torch.empty_like(weights.w_in_EDH), torch.empty_like(weights.w_out_EFD)) if fresh else None
     for grads in (sums, new):
         if grads is not None:

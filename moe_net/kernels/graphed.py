@@ -66,7 +66,7 @@ class _Bucket:
         return [y_BD, saved.h_PH, *saved.routing.tensors()]
 
     def _backward(self) -> list[Tensor]:
-        saved = Saved(self._backend.NAME, Routing(*self._kept[1:]), self.h_PH)
+        saved = Saved(self._backend.NAME, Routing(*self._kept[1:]), self.h_PH, static=True)
         dx_BD, dgates_BK, new = self._backend.backward(
             self.dy_BD, self.x_BD, self.ids_BK, self.gates_BK, self._weights, saved,
             sums=self._sums, fresh=self._sums is None,
@@ -153,7 +153,7 @@ class GraphedExperts:
         bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
         bucket.forward_graph()
         y_TD = bucket.y_BD[: x_TD.shape[0]].clone()
-        return y_TD, Saved(NAME, kept, bucket.h_PH) if keep else None
+        return y_TD, Saved(NAME, kept, bucket.h_PH, static=True) if keep else None
 
     def backward(
         self, dy_TD: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, saved: Saved | None

@@ -84,6 +84,9 @@ def backward(
     a_PF = F.grouped_mm(dy_PD, weights.w_out_EFD.transpose(1, 2), offs=end_E)
     gated = weights.activation is Activation.SWIGLU
     dh_PH, dgates_TK = rows.activate_backward_(a_PF, h_PH, routing, gates_TK, gated=gated)
+    if saved is not None:
+        saved.release()
+    del h_PH
     new = None
     if sums is not None or fresh:
         dw_out_EFD = F.grouped_mm(a_PF.t(), dy_PD, offs=end_E)

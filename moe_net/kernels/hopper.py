@@ -123,6 +123,9 @@ def backward(
         cu_seqlens_m=bound_B, A_idx=row_P, dynamic_scheduler=False, tuned=False,
         config=_config("down backward", x_TD),
     )  # fmt: skip
+    if saved is not None:
+        saved.release()
+    del h_PH
     new = WeightGrads(torch.empty_like(w_in_EDH), torch.empty_like(w_out_EFD)) if fresh else None
     for grads in (new, sums):
         if grads is not None:

@@ -35,12 +35,13 @@ def dispatch_bytes(
     y_TD = n_tokens * shape.d_model * item_bytes
     dw_in, dw_out = (n_experts * shape.d_model * width * item_bytes for width in (d_hidden, shape.d_ff))
     gates = n_pairs * 4
-    # Pairs, rows and places, bounds; y and the pre-activations are there until the end.
-    kept = 3 * n_pairs * 4 + 3 * n_experts * 4 + y_TD + h_PH + _N_ALLOCATIONS * _GRAIN_BYTES
+    # Pairs, rows and places, bounds and y are there until the end; the pre-activations until dh is there.
+    kept = 3 * n_pairs * 4 + 3 * n_experts * 4 + y_TD + _N_ALLOCATIONS * _GRAIN_BYTES
     if backend == "grouped":
         # grouped_mm has no output to add to: the gradients exist by themselves before they are added.
         moments = [
-            a_PF + row_PD,
+            h_PH + row_PD + a_PF,
+            h_PH + a_PF + row_PD + h_PH + gates,
             row_PD + a_PF + h_PH + gates + dw_out,
             h_PH + gates + dw_out + row_PD + dw_in,
             h_PH + gates + (dw_out + dw_in) * fresh + row_PD + y_TD,
@@ -48,7 +49,12 @@ def dispatch_bytes(
     elif backend in ("triton", "quack"):
         new = (dw_in + dw_out) * fresh
         partial = gates if backend == "quack" else n_pairs * 4 * max(1, -(-shape.d_ff // 128))
-        moments = [a_PF + row_PD, h_PH + a_PF + partial + new, h_PH + partial + new + row_PD + y_TD + gates]
+        moments = [
+            h_PH + a_PF + row_PD,
+            h_PH + h_PH + a_PF + partial,
+            h_PH + a_PF + partial + new,
+            h_PH + partial + new + row_PD + y_TD + gates,
+        ]
     else:
         raise ValueError(f"nothing is known about the memory of backend {backend!r}")
     return kept + max(moments)

@@ -50,11 +50,26 @@ class Saved:
     routing: Any
     """The backend's own sort of the pairs."""
     h_PH: Tensor
+    static: bool = False
+    """Whether the pre-activations' memory is somebody's to use again: then `release` leaves it alone."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pre-activations; the routing is smaller by about the factor H / 4."""
         return self.h_PH.numel() * self.h_PH.element_size()
+
+    def release(self) -> None:
+        """Free the pre-activations before the weights' gradients, where a backward's memory peaks.
+
+        Their storage shrinks, since autograd holds the tensor until the backward has returned.
+        """
+        if not self.static:
+            self.h_PH.untyped_storage().resize_(0)
+
+    @property
+    def used_up(self) -> bool:
+        """Whether they are gone: another backward of the same forward computes them again."""
+        return self.nbytes > 0 and self.h_PH.untyped_storage().nbytes() == 0
 
 
 class Backend(Protocol):

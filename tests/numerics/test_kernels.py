@@ -12,7 +12,7 @@ from kernel_cases import DEVICE, TOLERANCE, make_case
 from kernel_checks import check, run_explicit
 
 from moe_net.kernels.dispatch import available, moe_ffn, moe_ffn_backward, moe_ffn_forward
-from moe_net.kernels.types import ExpertWeights, WeightGrads
+from moe_net.kernels.types import ExpertWeights, WeightGrads, zero_sums
 from moe_net.types import Activation
 
 # QuACK takes SwiGLU in 16 bits only, on Hopper and newer: it has a test of its own.
@@ -89,6 +89,30 @@ def test_backward_without_saved_pre_activations_gives_the_same_bits(backend: str
     case = make_case(3, t=50, k=2, e=4, d=16, f=24, activation=activation)
     kept, fresh = run_explicit(case, backend), run_explicit(case, backend, keep=False)
     assert all(torch.equal(kept[name], fresh[name]) for name in kept)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_second_backward_of_one_forward_gives_the_same_bits(backend: str) -> None:
+    case = make_case(3, t=50, k=2, e=4, d=16, f=24, activation=Activation.SWIGLU)
+    args = (case.x_TD, case.ids_TK, case.gates_TK, case.weights)
+    _, saved = moe_ffn_forward(*args, keep=True, backend=backend)
+    first, second = (moe_ffn_backward(case.dy_TD, *args, saved, weight_grads=None, backend=backend) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    x = case.x_TD.clone().requires_grad_()
+    y = moe_ffn(x, *args[1:], backend=backend)
+    once, again = (torch.autograd.grad(y, x, case.dy_TD, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in FAST if backend != "loop"])
+def test_pre_activations_are_free_before_the_weights_gradients_are_made(backend: str) -> None:
+    case = make_case(3, t=50, k=2, e=4, d=16, f=24, activation=Activation.SWIGLU)
+    args = (case.x_TD, case.ids_TK, case.gates_TK, case.weights)
+    _, saved = moe_ffn_forward(*args, keep=True, backend=backend)
+    assert saved is not None
+    assert not saved.used_up
+    moe_ffn_backward(case.dy_TD, *args, saved, weight_grads=zero_sums(case.weights), backend=backend)
+    assert saved.used_up
 
 
 @pytest.mark.parametrize("backend", FAST)

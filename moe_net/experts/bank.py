@@ -17,6 +17,7 @@ from moe_net.experts.init import init_expert
 from moe_net.experts.lineage import Lineage
 from moe_net.experts.update import StackedAdamW
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
+from moe_net.kernels.graphed import NAME as GRAPHED
 from moe_net.kernels.graphed import GraphedExperts
 from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
 from moe_net.optim import OptimizerConfig
@@ -187,6 +188,8 @@ class ExpertBank:
         Of a `saved` that is older than the weights nothing is used: all gradients belong to the weights of now.
         """
         kernel = saved.kernel if saved is not None and saved.generation == self._generation else None
+        if kernel is not None and not accumulate and kernel.backend == GRAPHED:
+            kernel = None  # graphs add
         x, slots, gates = self._put(x_RD, slots_RK, gates_RK)
         (dy,) = self._put(dy_RD)
         if accumulate:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_net.errors import ExpertCallError, UnknownExpertError, WireError
+from moe_net.errors import BusyError, ExpertCallError, UnknownExpertError, WireError
 from moe_net.experts.bank import BankSaved, ClosedSums, ExpertBank
 from moe_net.experts.callbook import BookSizes, CallBook, CallFacts
 from moe_net.experts.journal import Entry, Journal
@@ -79,6 +79,8 @@ class ExpertHost:
         self._clock = clock
         self._journal: Journal[RoutedRows, Tensor] = Journal(limit_bytes=journal_bytes)
         self._dispatches = 0
+        self._open: set[int] = set()
+        """Layers whose step is closed but not made."""
         self._batch: list[tuple[str, int, int]] = []
         """Commits (trainer, step, tokens) towards the next step."""
 
@@ -274,7 +276,8 @@ class ExpertHost:
         failed = self._take_out(void)
         self._book.note_voids(call.trainer, len(void) - failed, failed)
         self._journal.committed(call.trainer, call.step)
-        self._batch.append((call.trainer, call.step, call.tokens))
+        if call.tokens:  # one without tokens closes nothing, and there may be any number of them
+            self._batch.append((call.trainer, call.step, call.tokens))
         closings = {layer: bank.close(call.tokens, detach=detach) for layer, bank in self._banks.items()}
         sums = {layer: closing for layer, closing in closings.items() if closing is not None}
         for layer in sums:
@@ -288,6 +291,8 @@ class ExpertHost:
         )
         if not sums:
             return answer, None
+        if detach:
+            self._open.update(sums)
         batch, self._batch = hashlib.sha256(json.dumps(sorted(self._batch)).encode()).digest(), []
         return answer, Closed(batch=batch, sums=sums)
 
@@ -311,6 +316,7 @@ class ExpertHost:
                     if expert.layer == layer:
                         by_index.setdefault(expert.index, {})[origin] = share
             self._banks[layer].step(sums, by_index, clock=max((share.clock for share in shares), default=0))
+            self._open.discard(layer)
             if sums.detached:
                 self._journal.weights_changed(layer, self._book.last_committed_step)
 
@@ -367,7 +373,13 @@ class ExpertHost:
         self._bank(layer).check_state(state)
 
     def replace_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
-        """As `ExpertBank.replace_state`: gradients summed so far, and what is known of calls, stay."""
+        """As `ExpertBank.replace_state`: gradients summed so far, and what is known of calls, stay.
+
+        BusyError between `begin_commit` and `finish_commit`: a replica that has made this step has our rows of it in
+        its state already, and our own step would add them once more.
+        """
+        if layer in self._open:
+            raise BusyError(f"layer {layer} is in the middle of a step")
         self._bank(layer).replace_state(state)
         self._journal.weights_changed(layer, self._book.last_committed_step)
 

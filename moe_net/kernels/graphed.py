@@ -22,6 +22,8 @@ from moe_net.kernels.routing import Routing
 from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
 
 NAME = "graphed"
+# Sizes are the callers' to choose, and each takes memory for good: so many, and of tokens with no more choices.
+MAX_BUCKETS, MAX_CHOICES = 16, 16
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048)
 
 
@@ -128,21 +130,28 @@ class GraphedExperts:
     def __init__(self, weights: ExpertWeights, sums: WeightGrads | None = None, *, backend: str | None = None) -> None:
         self._weights, self._sums, self._name = weights, sums, backend
         self._buckets: dict[tuple[int, int], _Bucket] = {}
+        """The one used last at the end."""
 
     def takes(self, x_TD: Tensor, expert_ids_TK: Tensor) -> bool:
         """Whether a call of this size and dtype goes through a graph."""
         n_tokens, n_choices = expert_ids_TK.shape
         return (
-            n_tokens * n_choices > 0 and bucket_of(n_tokens) is not None and x_TD.dtype is self._weights.w_in_EDH.dtype
+            0 < n_tokens * n_choices <= n_tokens * MAX_CHOICES
+            and bucket_of(n_tokens) is not None
+            and x_TD.dtype is self._weights.w_in_EDH.dtype
         )
 
     def _bucket(self, expert_ids_TK: Tensor) -> _Bucket:
         n_tokens, n_choices = expert_ids_TK.shape
         size = bucket_of(n_tokens)
         assert size is not None
-        if (size, n_choices) not in self._buckets:
-            self._buckets[size, n_choices] = _Bucket(size, n_choices, self._weights, self._sums, self._name)
-        return self._buckets[size, n_choices]
+        bucket = self._buckets.pop((size, n_choices), None)
+        if bucket is None:
+            if len(self._buckets) >= MAX_BUCKETS:
+                del self._buckets[next(iter(self._buckets))]
+            bucket = _Bucket(size, n_choices, self._weights, self._sums, self._name)
+        self._buckets[size, n_choices] = bucket
+        return bucket
 
     def forward(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, *, keep: bool

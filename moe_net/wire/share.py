@@ -15,6 +15,9 @@ from moe_net.wire.state import MAX_COUNT
 BATCH_BYTES = 32
 _HEADER_BYTES, _ENTRY_BYTES = 64 * 1024, 256
 
+MAX_NORM = 1e15
+"""Of a share. The squares of many add up to what fp32 holds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShareCall:
@@ -87,8 +90,9 @@ def _expert_share(state: Mapping[str, Tensor], name: str, shape: ExpertShape) ->
         value = state.get(f"{name}.{field}")
         if value is None or value.dtype != dtype or value.shape != size:
             raise CheckpointError(f"{name}.{field} is missing, or not {dtype} {list(size)}")
-        if not bool(value.isfinite().all()):
-            raise CheckpointError(f"{name}.{field} holds values that are not finite")
+        # NaN is not below anything. Larger ones make the sum's norm infinite, and the step of all replicas void.
+        if field != "rows" and not float(torch.linalg.vector_norm(value)) <= MAX_NORM:
+            raise CheckpointError(f"{name}.{field} has a norm over {MAX_NORM:g}, or none")
     rows, before = state[f"{name}.rows"].tolist()
     if not (0 < rows <= MAX_COUNT and 0 <= before <= MAX_COUNT):
         raise CheckpointError(f"{name}.rows is {rows} after {before}, must be 1..{MAX_COUNT} and 0..{MAX_COUNT}")

@@ -80,7 +80,7 @@ def unpack(data: bytes, *, run: str, shape: ExpertShape) -> dict[str, Tensor]:
             raise CheckpointError(f"snapshot has {key} {manifest.get(key)!r}, this run {expected!r}")
     try:
         state = safetensors.torch.load(data)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"damaged snapshot: {error}") from error
     if _digest(state) != manifest.get("sha256"):
         raise CheckpointError("damaged snapshot: its values do not have the digest it states")

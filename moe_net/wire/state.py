@@ -62,8 +62,12 @@ def check_state(state: Mapping[str, Tensor], *, layer: int, indices: Collection[
             raise CheckpointError(f"{name} holds values that are not finite")
         if field in NOT_NEGATIVE and bool((value < 0).any()):
             raise CheckpointError(f"{name} is negative")
+        if field == "version" and int(value) > MAX_COUNT:
+            raise CheckpointError(f"{name} is over {MAX_COUNT}")
     for name in sorted(lineages):
         _check_lineage(name, state[name])
+        if int(state[name][:, 2].max()) > int(state[f"{name.rpartition('.')[0]}.version"]):
+            raise CheckpointError(f"{name} has learned at later steps than the expert has made")
 
 
 def _check_lineage(name: str, value: Tensor) -> None:

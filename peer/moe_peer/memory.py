@@ -37,7 +37,7 @@ def find_device(asked: str | None) -> str:
 def room_for_experts(device: str, run: RunConfig, max_batch_rows: int) -> int:
     """How many experts half of the free memory holds; on a GPU beside the largest dispatch."""
     shape, model = run.model.expert_shape, run.model
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         return free_memory_bytes() // 2 // memory_bytes(1, shape)
     free, _ = torch.cuda.mem_get_info(device)
     largest = dispatch_bytes(

@@ -62,6 +62,8 @@ MAX_FETCHES = 2
 """At once: each holds its layer's state twice, as tensors and as a file."""
 MAX_SHARES = 16
 """At once, most of them waiting for the commit that closes the step."""
+SHARE_S = 3.0
+"""For one, its sending included."""
 CHUNK_TIMEOUT_S = 30.0
 """For a chunk of Fetch to be taken, or a piece of a call to come or be taken. Who does neither must not hold one of the
 few places."""
@@ -250,10 +252,18 @@ class ExpertServer:
             self._batcher.check_room(n_bytes, timeout_s=context.time_remaining())
 
         reader = PieceReader(self._limits, admit)
-        while raw := await self._in_time(context.read()):  # empty: grpc.aio.EOF
-            reader.feed(raw)
-        for piece in cut(await method(reader.finish(), context)):
-            await self._in_time(context.write(piece))
+        # Each way: piece by piece just in time it could take hours, and the place of a call with it.
+        limit_s = self._chunk_timeout_s + self._limits.max_message_bytes / MIN_FETCH_BYTES_PER_S
+        async with asyncio.timeout(limit_s):
+            while raw := await self._in_time(context.read()):  # empty: grpc.aio.EOF
+                reader.feed(raw)
+        whole = reader.finish()
+        del reader
+        answer = await method(whole, context)
+        del whole
+        async with asyncio.timeout(limit_s):
+            for piece in cut(answer):
+                await self._in_time(context.write(piece))
 
     async def _in_time(self, step: Awaitable[OutT]) -> OutT:
         """TimeoutError for who neither sends nor reads, as in `_send_file`."""
@@ -279,12 +289,14 @@ class ExpertServer:
             await self._send_file(data, digest, context)
 
     async def _share(self, raw: bytes, context: Context) -> None:
-        with self._shares.one():
-            call = codec.decode_share_call(raw, self._limits)
-            share = await self.sharing.answer(call, limit_s=context.time_remaining())
-            data, digest = await asyncio.to_thread(_pack, share.to_state(), self._run.name, self._host)
-            del share
-            await self._send_file(data, digest, context)
+        # Whoever asks has gone on alone long before that.
+        async with asyncio.timeout(SHARE_S):
+            with self._shares.one():
+                call = codec.decode_share_call(raw, self._limits)
+                share = await self.sharing.answer(call, limit_s=context.time_remaining())
+                data, digest = await asyncio.to_thread(_pack, share.to_state(), self._run.name, self._host)
+                del share
+                await self._send_file(data, digest, context)
 
     async def _send_file(self, data: bytes, digest: bytes, context: Context) -> None:
         """TimeoutError when its receiver is too slow (see the constants above)."""

@@ -8,7 +8,8 @@ sqrt(2) costs as much). And a replica that dies takes no learning with it.
 
 Nobody waits for long: who does not answer soon is left out, and asked again some steps later. Then one side has stepped
 on more than the other; their lineages say so, and their next meeting (gossip.py) mends it. A gradient that was voided
-is out of the sums before these are set apart, so it is in no share.
+before the step is out of the sums before these are set apart, so it is in no share. Replicas on a CPU and on a GPU
+round differently, and are equal but for that.
 """
 
 from __future__ import annotations
@@ -112,9 +113,14 @@ class Sharing:
             self._batch, self._share = closed.batch, share
             self._closing.set()
             self._closing = asyncio.Event()
-            parts = await asyncio.gather(*(self._part_of(peer, closed) for peer in partners))
+            asked = [self._part_of(peer, closed) for peer in partners]
+            # Whatever a partner's answer led to: our own sums are set apart, and must be stepped on.
+            parts = await asyncio.gather(*asked, return_exceptions=True)
             if partners:
-                await self._run(self._host.finish_commit, closed, [part for part in parts if part is not None])
+                await self._run(self._host.finish_commit, closed, [part for part in parts if isinstance(part, Share)])
+            for part in parts:
+                if isinstance(part, BaseException):
+                    log.error("a step without a replica", exc_info=part)
             self._ended_s = now_s()
             return answer
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, TOLERANCE, Case, make_case
 
+from moe_net.kernels import graphed
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
-from moe_net.kernels.graphed import BUCKETS, GraphedExperts, bucket_of
+from moe_net.kernels.graphed import BUCKETS, MAX_CHOICES, GraphedExperts, bucket_of
 from moe_net.kernels.types import zero_sums
 from moe_net.types import Activation
 
@@ -69,3 +71,21 @@ def test_only_rows_of_the_weights_dtype_and_of_a_bucket_are_taken() -> None:
     assert not experts.takes(case.x_TD.bfloat16(), case.ids_TK)
     assert not experts.takes(case.x_TD, torch.zeros((2049, 2), dtype=torch.int32, device=DEVICE))
     assert not experts.takes(case.x_TD[:0], case.ids_TK[:0])
+    assert not experts.takes(case.x_TD, torch.zeros((4, MAX_CHOICES + 1), dtype=torch.int32, device=DEVICE))
+
+
+def test_buckets_are_few_however_many_sizes_callers_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "MAX_BUCKETS", 2)
+    case = call(1, 40)
+    experts = GraphedExperts(case.weights, backend="triton")
+    args = (case.x_TD, case.ids_TK, case.gates_TK)
+    _, first = experts.forward(*(value[:9] for value in args), keep=True)
+    for n_tokens in (20, 40):
+        experts.forward(*(value[:n_tokens] for value in args), keep=False)
+    assert len(experts._buckets) == 2
+    # The first bucket went, and with it what its forward had kept: the backward computes it again.
+    few = tuple(value[:9] for value in args)
+    dx, dgates, _ = experts.backward(case.dy_TD[:9], *few, first)
+    right = moe_ffn_backward(case.dy_TD[:9], *few, case.weights, None, weight_grads=None, backend="loop")
+    torch.testing.assert_close(dx, right[0], rtol=3e-5, atol=3e-5)
+    torch.testing.assert_close(dgates, right[1], rtol=3e-5, atol=3e-5)

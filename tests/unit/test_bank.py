@@ -476,3 +476,16 @@ def test_a_bank_that_computes_in_bf16_learns_what_one_in_fp32_does_within_bf16()
     for name, value in exact.state().items():
         if name.endswith(("w_in", "w_out")):  # AdamW turns a gradient's rounding into as much of a step
             torch.testing.assert_close(rounded.state()[name], value, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("size", [[0, 2**63], [0, 2**62, 2**62], [0, 2**40, 2**40], [0, 0]])
+def test_a_snapshot_with_impossible_shapes_is_damaged_and_nothing_else(size: list[int]) -> None:
+    """No bytes, so safetensors finds the size right; torch cannot make such a tensor."""
+    data = snapshot.pack(make_bank().state(), run="demo", shape=SHAPE)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    end = len(data) - 8 - length
+    header["3.2.more"] = {"dtype": "F32", "shape": size, "data_offsets": [end, end]}
+    packed = json.dumps(header).encode()
+    with pytest.raises(CheckpointError):
+        snapshot.unpack(len(packed).to_bytes(8, "little") + packed + data[8 + length :], run="demo", shape=SHAPE)

@@ -15,7 +15,7 @@ from swarms import small_run
 from torch import Tensor
 
 from moe_net.client import make_banks
-from moe_net.errors import CheckpointError, InputsGoneError
+from moe_net.errors import BusyError, CheckpointError, InputsGoneError
 from moe_net.experts.host import ExpertHost
 from moe_net.experts.replicate import average
 from moe_net.placement.view import View
@@ -134,6 +134,52 @@ async def test_replicas_that_share_the_rows_equal_one_peer_with_all_of_them(name
     for other in others:
         assert_equal(first, other)
     assert_close(first, one)
+
+
+async def test_no_state_is_taken_over_in_the_middle_of_a_step() -> None:
+    """A partner that has made the step already has our rows of it in its state: taken over now, our own step would add
+    them once more."""
+    swarm = Swarm()
+    mine, other = swarm.add("a"), swarm.add("b")
+    backward(mine, 0, 1)
+    call = CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens)
+    _, closed = mine.begin_commit(call, detach=True)
+    assert closed is not None
+    before = everything(mine)
+    with pytest.raises(BusyError, match="layer 0 is in the middle of a step"):
+        mine.replace_state(0, other.fetch(0, (), with_sums=False))
+    assert all(torch.equal(value, before[name]) for name, value in everything(mine).items())
+    mine.finish_commit(closed)
+    mine.replace_state(0, mine.fetch(0, (), with_sums=False))
+
+
+async def test_our_own_step_is_made_whatever_a_partner_sends() -> None:
+    swarm, alone = Swarm(), ExpertHost(make_banks(RUN, ALL, origin=1))
+    mine = swarm.add("a")
+    swarm.add("b")
+
+    async def crash() -> None:
+        raise RuntimeError("a bug that only this partner's answers reach")
+
+    swarm.broken["b"] = crash
+    for host in (mine, alone):
+        backward(host, 0, 1)
+    (answer,) = await swarm.commit("a")
+    alone.commit(CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens))
+    assert answer.stepped
+    assert_equal(mine, alone)
+
+
+async def test_commits_without_tokens_leave_nothing_behind_and_do_not_part_replicas() -> None:
+    swarm = Swarm()
+    swarm.add("a")
+    swarm.add("b")
+    for _ in range(3):
+        await swarm.commit("a", tokens=0)  # "b" never hears of these
+    backward(swarm.peers["a"].host, 3, 1)
+    answers = await swarm.commit("a", "b")
+    assert all(answer.stepped for answer in answers)
+    assert_equal(swarm.peers["a"].host, swarm.peers["b"].host)
 
 
 async def test_a_replica_without_rows_takes_part_in_the_favourites_steps() -> None:
@@ -365,7 +411,8 @@ def share_state() -> dict[str, Tensor]:
         ({"0.1.rows": torch.tensor([1, 2**60])}, "must be"),
         ({"0.1.rows": torch.tensor(1)}, "rows is missing, or not"),
         ({"0.1.g_in": torch.zeros(1)}, "g_in is missing, or not"),
-        ({"0.1.g_out": torch.full((SHAPE.d_ff, D), torch.nan)}, "not finite"),
+        ({"0.1.g_out": torch.full((SHAPE.d_ff, D), torch.nan)}, "has a norm over"),
+        ({"0.1.g_in": torch.full((D, SHAPE.d_hidden), 1e30)}, "has a norm over"),
         ({"0.2.rows": torch.tensor([1, 0])}, "more in it"),
         ({"0.1.more": torch.tensor(0)}, "more in it"),
         ({"else": torch.tensor(0)}, "more in it"),

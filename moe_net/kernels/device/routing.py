@@ -21,7 +21,7 @@ _ONE_HOT = 32768
 
 @triton.jit
 def _one_hot(ids_ptr, pair_B, n_pairs, n_experts, expert_E):
-    id_B = tl.load(ids_ptr + pair_B, mask=pair_B < n_pairs, other=-1).to(tl.int32)
+    id_B = tl.load(ids_ptr + pair_B, mask=pair_B < n_pairs, other=-1)
     hit_BE = (id_B[:, None] == expert_E[None, :]) & (expert_E < n_experts)[None, :]
     return hit_BE.to(tl.int32)
 

@@ -1,5 +1,6 @@
 # pyright: basic
-"""A server's whole step on the GPU: the bytes of int8 rows in pinned memory, experts, the bytes of the answer.
+"""A server's step on the GPU from the bytes of int8 rows in pinned memory to the bytes of the answer (not yet what
+moe_peer's server does: its codec makes fp32 rows on the CPU).
 
 R rows, D model width, K experts per row. Copies and kernels follow each other on one stream and nothing waits for the
 device but `finish`: while it computes, the host receives the next call.

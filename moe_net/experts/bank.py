@@ -31,7 +31,7 @@ def memory_bytes(n_experts: int, shape: ExpertShape, *, compute_bytes: int = 0) 
     the weights of `compute_bytes` a parameter (2 on a GPU).
 
     Kept inputs and scratch of the calls in flight (`kernels.memory`) come on top, and while replicas make a step
-    together up to 12 bytes a parameter: sums of the next step, and copies of those that are shared.
+    together 8 bytes a parameter (sums of the next step, copies of those that are shared) and 4 for every partner.
     """
     return n_experts * shape.d_model * (shape.d_hidden + shape.d_ff) * (16 + compute_bytes)
 
@@ -210,8 +210,7 @@ class ExpertBank:
 
     def clear_grads(self) -> None:
         """The gradient sums start again at zero."""
-        for grad in self._optimizer.grads:
-            grad.zero_()
+        self._optimizer.zero_grads()
         self._summed_rows_E.zero_()
 
     def _rows_by_slot(self, slots_RK: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def moe_ffn_forward(
     ValueError with "loop", padding with the others, which do not wait for the device to look. No autograd here.
     """
     _check(x_TD, expert_ids_TK, gates_TK, weights)
+    x_TD, expert_ids_TK, gates_TK = x_TD.contiguous(), expert_ids_TK.contiguous(), gates_TK.contiguous()
     return choose(x_TD, expert_ids_TK, weights, backend).forward(x_TD, expert_ids_TK, gates_TK, weights, keep=keep)
 
 
@@ -163,11 +164,28 @@ def moe_ffn_backward(
     _check(x_TD, expert_ids_TK, gates_TK, weights)
     if dy_TD.shape != x_TD.shape or dy_TD.dtype != x_TD.dtype:
         raise ValueError(f"dy is {dy_TD.dtype} {list(dy_TD.shape)}, but x is {x_TD.dtype} {list(x_TD.shape)}")
+    inputs = (dy_TD, x_TD, expert_ids_TK, gates_TK)
+    dx_TD, dgates_TK, _ = _backward(*inputs, weights, saved, backend=backend, sums=weight_grads)
+    return dx_TD, dgates_TK
+
+
+def _backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    saved: Saved | None,
+    *,
+    backend: str | None = None,
+    sums: WeightGrads | None = None,
+    fresh: bool = False,
+) -> tuple[Tensor, Tensor, WeightGrads | None]:
     module = choose(x_TD, expert_ids_TK, weights, backend or (saved.backend if saved is not None else None))
     if saved is not None and (saved.backend != module.NAME or saved.used_up):
         saved = None
-    dx_TD, dgates_TK, _ = module.backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, sums=weight_grads)
-    return dx_TD, dgates_TK
+    dy_TD, x_TD, expert_ids_TK, gates_TK = (v.contiguous() for v in (dy_TD, x_TD, expert_ids_TK, gates_TK))
+    return module.backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, sums=sums, fresh=fresh)
 
 
 class _MoeFfn(torch.autograd.Function):
@@ -187,13 +205,8 @@ class _MoeFfn(torch.autograd.Function):
         x_TD, expert_ids_TK, gates_TK, w_in_EDH, w_out_EFD, h_PH = ctx.saved_tensors
         saved = None if ctx.saved_as is None else Saved(ctx.saved_as[0], ctx.saved_as[1], h_PH)
         weights = ExpertWeights(w_in_EDH, w_out_EFD, ctx.activation)
-        module = choose(x_TD, expert_ids_TK, weights, None if saved is None else saved.backend)
-        if saved is not None and saved.used_up:
-            saved = None
         fresh = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        dx_TD, dgates_TK, new = module.backward(
-            dy_TD.contiguous(), x_TD, expert_ids_TK, gates_TK, weights, saved, sums=None, fresh=fresh
-        )
+        dx_TD, dgates_TK, new = _backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, fresh=fresh)
         dw_in_EDH, dw_out_EFD = (None, None) if new is None else new
         return dx_TD, None, dgates_TK, dw_in_EDH, dw_out_EFD, None, None
 

@@ -22,12 +22,12 @@ from moe_net.types import Activation
 NAME = "triton"
 
 
-def _dense(x_TD: Tensor, gates_TK: Tensor, weights: ExpertWeights) -> tuple[Tensor, Tensor, ExpertWeights]:
+def _dense(weights: ExpertWeights) -> ExpertWeights:
     """What the kernels compute addresses for: copies only what is a slice of something larger."""
     w_in_EDH, w_out_EFD, activation = weights
     if not (w_in_EDH.is_contiguous() or w_in_EDH.transpose(1, 2).is_contiguous()):
         w_in_EDH = w_in_EDH.contiguous()
-    return x_TD.contiguous(), gates_TK.contiguous(), ExpertWeights(w_in_EDH, w_out_EFD.contiguous(), activation)
+    return ExpertWeights(w_in_EDH, w_out_EFD.contiguous(), activation)
 
 
 def forward(
@@ -36,7 +36,7 @@ def forward(
     """As `dispatch.moe_ffn_forward`."""
     if expert_ids_TK.numel() == 0 or x_TD.shape[1] == 0:
         return torch.zeros_like(x_TD), None
-    x_TD, gates_TK, weights = _dense(x_TD, gates_TK, weights)
+    weights = _dense(weights)
     n_tokens, n_choices = expert_ids_TK.shape
     routing = sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0])
     gated = weights.activation is Activation.SWIGLU
@@ -60,8 +60,7 @@ def backward(
     """As `types.Backend.backward`."""
     if expert_ids_TK.numel() == 0:
         return no_gradient(x_TD, gates_TK, weights, fresh=fresh)
-    x_TD, gates_TK, weights = _dense(x_TD, gates_TK, weights)
-    dy_TD = dy_TD.contiguous()
+    weights = _dense(weights)
     n_tokens, n_choices = expert_ids_TK.shape
     gated = weights.activation is Activation.SWIGLU
     if saved is None:

@@ -47,7 +47,6 @@ def forward(
     if expert_ids_TK.numel() == 0:
         return torch.zeros_like(x_TD), None
     rows = _row_functions(x_TD)
-    x_TD, gates_TK = x_TD.contiguous(), gates_TK.contiguous()
     n_tokens, n_choices = expert_ids_TK.shape
     routing = rows.sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0])
     h_PH = F.grouped_mm(rows.spread(x_TD, routing, n_choices), weights.w_in_EDH, offs=routing.end_E)
@@ -72,7 +71,6 @@ def backward(
     if expert_ids_TK.numel() == 0:
         return no_gradient(x_TD, gates_TK, weights, fresh=fresh)
     rows = _row_functions(x_TD)
-    dy_TD, x_TD, gates_TK = dy_TD.contiguous(), x_TD.contiguous(), gates_TK.contiguous()
     n_tokens, n_choices = expert_ids_TK.shape
     routing: Routing = rows.sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0]) if saved is None else saved.routing
     end_E = routing.end_E

@@ -84,7 +84,6 @@ def forward(
     """As `types.Backend.forward`."""
     if expert_ids_TK.numel() == 0:
         return torch.zeros_like(x_TD), None
-    x_TD, gates_TK = x_TD.contiguous(), gates_TK.contiguous()
     n_tokens, n_choices = expert_ids_TK.shape
     routing = rows.sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0])
     row_P, bound_B = routing.row_P, routing.bound_B
@@ -112,7 +111,6 @@ def backward(
     if expert_ids_TK.numel() == 0:
         return no_gradient(x_TD, gates_TK, weights, fresh=fresh)
     w_in_EDH, w_out_EFD, _ = weights
-    dy_TD, x_TD, gates_TK = dy_TD.contiguous(), x_TD.contiguous(), gates_TK.contiguous()
     n_tokens, n_choices = expert_ids_TK.shape
     routing: Routing = rows.sort_pairs(expert_ids_TK, w_in_EDH.shape[0]) if saved is None else saved.routing
     row_P, bound_B = routing.row_P, routing.bound_B

@@ -74,7 +74,7 @@ class Saved:
 
 class Backend(Protocol):
     """What `dispatch` asks of a backend's module. T tokens, K experts per token; arguments as `moe_ffn_forward` has
-    checked them."""
+    checked them, and contiguous but for the weights."""
 
     @property
     def NAME(self) -> str:

@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -33,14 +34,14 @@ RUN = "contract"
 EXPERTS = (ExpertId(0, 0), ExpertId(0, 1), ExpertId(3, 7))
 
 
-class Swarm:
+class Swarm(ABC):
     """Members of one directory, and somebody who puts junk into it."""
 
-    async def join(self, run: str = RUN) -> Discovery:
-        raise NotImplementedError
+    @abstractmethod
+    async def join(self, run: str = RUN) -> Discovery: ...
 
-    async def plant(self, peer_id: str, data: bytes, expires_at_s: float) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def plant(self, peer_id: str, data: bytes, expires_at_s: float) -> None: ...
 
 
 class MemorySwarm(Swarm):

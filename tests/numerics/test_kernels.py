@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, TOLERANCE, make_case
-from kernel_checks import check, run_explicit
+from kernel_checks import check, run_autograd, run_explicit
 
 from moe_net.kernels.dispatch import available, moe_ffn, moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.types import ExpertWeights, WeightGrads, zero_sums
@@ -145,6 +146,17 @@ def test_the_same_inputs_give_the_same_bits(backend: str) -> None:
     case = make_case(2, t=64, k=4, e=3, d=32, f=16, activation=Activation.SWIGLU)
     first, second = run_explicit(case, backend), run_explicit(case, backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_views_with_other_strides_give_the_same_bits(backend: str) -> None:
+    case = make_case(4, t=20, k=2, e=3, d=16, f=8, activation=Activation.SWIGLU)
+    names = ("x_TD", "ids_TK", "gates_TK", "dy_TD")
+    views = replace(case, **{name: getattr(case, name).t().contiguous().t() for name in names})
+    assert not any(getattr(views, name).is_contiguous() for name in names)
+    for run in (run_explicit, run_autograd):
+        straight, strided = run(case, backend), run(views, backend)
+        assert all(torch.equal(straight[name], strided[name]) for name in straight)
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -105,7 +105,9 @@ def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:
     ids_P = expert_ids_TK.contiguous()
     n_pairs, n_choices = ids_P.numel(), max(1, expert_ids_TK.shape[1])
     # Zeros: whoever gathers by a tile or by all P reads entries past the last pair, too.
-    pair_P, row_P, place_P = torch.zeros((3, n_pairs), dtype=torch.int32, device=ids_P.device)
+    # Each 16-byte aligned: QuACK takes no other indices.
+    padded = ceil_div(n_pairs, 4) * 4
+    pair_P, row_P, place_P = torch.zeros((3, padded), dtype=torch.int32, device=ids_P.device)[:, :n_pairs]
     end_E = torch.empty(n_experts, dtype=torch.int32, device=ids_P.device)
     bound_B = torch.empty(n_experts + 1, dtype=torch.int32, device=ids_P.device)
     experts = power_of_2(n_experts)

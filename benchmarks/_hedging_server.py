@@ -7,6 +7,7 @@ import asyncio
 import os
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,13 +31,13 @@ class StallingServer(ExpertServer):
         if self._draw.random() < self._fraction:
             await asyncio.sleep(self._stall_s)
 
-    async def _forward(self, raw: bytes, context: Any) -> bytes:
+    async def _forward(self, raw: bytes | memoryview, context: Any, *, write: Callable[[Any], Any]) -> Any:
         await self._wait()
-        return await super()._forward(raw, context)
+        return await super()._forward(raw, context, write=write)
 
-    async def _backward(self, raw: bytes, context: Any) -> bytes:
+    async def _backward(self, raw: bytes | memoryview, context: Any, *, write: Callable[[Any], Any]) -> Any:
         await self._wait()
-        return await super()._backward(raw, context)
+        return await super()._backward(raw, context, write=write)
 
     async def _commit(self, raw: bytes, context: Any) -> bytes:
         await self._wait()

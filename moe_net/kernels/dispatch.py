@@ -44,8 +44,6 @@ _MODULES = {"triton": "fused", "quack": "hopper"}
 
 # Fewer pairs than this for an expert: launches and half-empty tiles cost more than the larger products save.
 FEW_PAIRS = 64
-# Wider experts are faster with grouped_mm: Mixtral's 14336 columns take 56.6 ms there and 59.7 with QuACK (H200).
-WIDEST_QUACK = 4096
 _logged: set[tuple[str, str, str]] = set()
 
 
@@ -77,8 +75,7 @@ def _fastest(x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights) -> str
     native = x_TD.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x_TD.device)[0] >= 9
     many = expert_ids_TK.numel() >= FEW_PAIRS * weights.w_in_EDH.shape[0]
     if native and (many or not _installed("triton")):
-        wide = weights.w_out_EFD.shape[1] > WIDEST_QUACK
-        for backend in ("grouped",) if wide else ("quack", "grouped"):
+        for backend in ("quack", "grouped"):
             if _installed(backend) and _fits(backend, x_TD, weights):
                 return backend
     return "triton" if _installed("triton") else "loop"

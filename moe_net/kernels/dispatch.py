@@ -44,8 +44,9 @@ _MODULES = {"triton": "fused", "quack": "hopper"}
 
 # Fewer pairs than this for an expert: launches and half-empty tiles cost more than the larger products save.
 FEW_PAIRS = 64
-# For experts wider than this, fewer are faster with grouped_mm (Mixtral's, 256 for each: 5.9 against 6.2 ms, H200).
-WIDE_F, FEW_WIDE_PAIRS = 4096, 512
+# And of wide experts (`ExpertWeights.wide`) so few are faster with grouped_mm: Mixtral with 256 each 5.9 ms, and 6.2
+# with QuACK (H200).
+FEW_WIDE_PAIRS = 512
 _logged: set[tuple[str, str, str]] = set()
 
 
@@ -78,7 +79,7 @@ def _fastest(x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights) -> str
     n_pairs, n_experts = expert_ids_TK.numel(), weights.w_in_EDH.shape[0]
     many = n_pairs >= FEW_PAIRS * n_experts
     if native and (many or not _installed("triton")):
-        few_wide = weights.w_out_EFD.shape[1] > WIDE_F and n_pairs < FEW_WIDE_PAIRS * n_experts
+        few_wide = weights.wide and n_pairs < FEW_WIDE_PAIRS * n_experts
         for backend in ("grouped",) if few_wide else ("quack", "grouped"):
             if _installed(backend) and _fits(backend, x_TD, weights):
                 return backend

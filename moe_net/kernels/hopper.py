@@ -48,11 +48,10 @@ _WIDE_TILES = {
     "rows": (128, 256, False, 2),
     "weights": (256, 192, False, 1),
 }
-"""For experts wider than `WIDE_F`: Mixtral's step takes 54.9 ms with these and 59.2 with the others."""
-WIDE_F = 4096
+"""For wide experts: Mixtral's step takes 54.9 ms with these and 59.2 with the others."""
 
 
-def _config(product: str, x_TD: Tensor, d_ff: int):
+def _config(product: str, x_TD: Tensor, wide: bool):
     """The tile for a product.
 
     QuACK's own tuner takes 10 to 50 s for every new token count, which a server that sees new counts all day cannot
@@ -62,7 +61,7 @@ def _config(product: str, x_TD: Tensor, d_ff: int):
 
     if torch.cuda.get_device_capability(x_TD.device)[0] != 9:
         return None
-    tile = (_WIDE_TILES if d_ff > WIDE_F else _TILES).get(product)
+    tile = (_WIDE_TILES if wide else _TILES).get(product)
     if tile is None:
         return None
     tile_m, tile_n, pingpong, cluster_m = tile
@@ -72,20 +71,20 @@ def _config(product: str, x_TD: Tensor, d_ff: int):
     )  # fmt: skip
 
 
-def _gemm(product: str, a: Tensor, b: Tensor, out: Tensor, d_ff: int, **options) -> None:
+def _gemm(product: str, a: Tensor, b: Tensor, out: Tensor, wide: bool, **options) -> None:
     from quack.gemm_interface import gemm_tuned
 
     # Below the tuner: `gemm` takes no configuration.
-    gemm_tuned.fn(a, b, out, config=_config(product, a, d_ff), **options)
+    gemm_tuned.fn(a, b, out, config=_config(product, a, wide), **options)
 
 
-def _up(x_TD: Tensor, w_in_EDH: Tensor, row_P: Tensor, bound_B: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+def _up(x_TD: Tensor, weights: ExpertWeights, row_P: Tensor, bound_B: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
     """(h [P, H] interleaved, activation(h) [P, F])."""
     from quack.gemm_interface import gemm_gated
 
     return gemm_gated(
-        x_TD, w_in_EDH, activation="swiglu", cu_seqlens_m=bound_B, A_idx=row_P, store_preact=keep,
-        concat_layout=("B",), tuned=False, config=_config("up", x_TD, w_in_EDH.shape[2] // 2),
+        x_TD, weights.w_in_EDH, activation="swiglu", cu_seqlens_m=bound_B, A_idx=row_P, store_preact=keep,
+        concat_layout=("B",), tuned=False, config=_config("up", x_TD, weights.wide),
     )  # fmt: skip
 
 
@@ -98,9 +97,9 @@ def forward(
     n_tokens, n_choices = expert_ids_TK.shape
     routing = rows.sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0])
     row_P, bound_B = routing.row_P, routing.bound_B
-    h_PH, a_PF = _up(x_TD, weights.w_in_EDH, row_P, bound_B, keep=keep)
+    h_PH, a_PF = _up(x_TD, weights, row_P, bound_B, keep=keep)
     y_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
-    _gemm("rows", a_PF, weights.w_out_EFD, y_PD, weights.w_out_EFD.shape[1], cu_seqlens_m=bound_B)
+    _gemm("rows", a_PF, weights.w_out_EFD, y_PD, weights.wide, cu_seqlens_m=bound_B)
     y_TD, _ = rows.combine(y_PD, routing, (n_tokens, n_choices), gates_TK)
     return y_TD, Saved(NAME, routing, h_PH) if keep else None
 
@@ -122,16 +121,16 @@ def backward(
     if expert_ids_TK.numel() == 0:
         return no_gradient(x_TD, gates_TK, weights, fresh=fresh)
     w_in_EDH, w_out_EFD, _ = weights
-    d_ff = w_out_EFD.shape[1]
+    wide = weights.wide
     n_tokens, n_choices = expert_ids_TK.shape
     routing: Routing = rows.sort_pairs(expert_ids_TK, w_in_EDH.shape[0]) if saved is None else saved.routing
     row_P, bound_B = routing.row_P, routing.bound_B
-    h_PH = _up(x_TD, w_in_EDH, row_P, bound_B, keep=True)[0] if saved is None else saved.h_PH
+    h_PH = _up(x_TD, weights, row_P, bound_B, keep=True)[0] if saved is None else saved.h_PH
     gate_P = gates_TK.reshape(-1).float()[routing.pair_P]
     dh_PH, a_PF, dgate_P = gemm_dgated(
         dy_TD, w_out_EFD.transpose(1, 2), PreAct=h_PH, activation="swiglu", colvec_scale=gate_P, colvec_reduce=True,
         cu_seqlens_m=bound_B, A_idx=row_P, dynamic_scheduler=False, tuned=False,
-        config=_config("down backward", x_TD, d_ff),
+        config=_config("down backward", x_TD, wide),
     )  # fmt: skip
     if saved is not None:
         saved.release()
@@ -141,11 +140,11 @@ def backward(
         if grads is not None:
             options = {"cu_seqlens_k": bound_B, "A_idx": row_P, "add_to_output": grads is sums}
             # dw_out as its transpose: the gathered rows come first.
-            _gemm("weights", dy_TD.t(), a_PF, grads.w_out_EFD.transpose(1, 2), d_ff, **options)
-            _gemm("weights", x_TD.t(), dh_PH, grads.w_in_EDH, d_ff, concat_layout=("out",), **options)
+            _gemm("weights", dy_TD.t(), a_PF, grads.w_out_EFD.transpose(1, 2), wide, **options)
+            _gemm("weights", x_TD.t(), dh_PH, grads.w_in_EDH, wide, concat_layout=("out",), **options)
     del a_PF
     dx_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
-    _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, d_ff, cu_seqlens_m=bound_B, concat_layout=("B",))
+    _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, wide, cu_seqlens_m=bound_B, concat_layout=("B",))
     dx_TD, dgates_TK = rows.combine(dx_PD, routing, (n_tokens, n_choices), None, dgate_P.unsqueeze(1))
     assert dgates_TK is not None
     return dx_TD, dgates_TK.to(gates_TK.dtype), new

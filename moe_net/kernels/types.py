@@ -15,6 +15,8 @@ from torch import Tensor
 
 from moe_net.types import Activation
 
+WIDE_F = 4096
+
 
 class ExpertWeights(NamedTuple):
     """Experts of one layer, stacked.
@@ -26,6 +28,11 @@ class ExpertWeights(NamedTuple):
     w_in_EDH: Tensor
     w_out_EFD: Tensor
     activation: Activation
+
+    @property
+    def wide(self) -> bool:
+        """More than WIDE_F columns: what is fast for the others is not for these, and the other way round."""
+        return self.w_out_EFD.shape[1] > WIDE_F
 
 
 class WeightGrads(NamedTuple):

@@ -8,40 +8,14 @@ P = T * K pairs. A step runs forward and backward and returns y, dx, dgates, dw_
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+import _dispatch_server
 import torch
 import torch.nn.functional as F
+from _dispatch_task import Step, Task
 
-from moe_net.kernels.device.step import PayloadExperts
-from moe_net.kernels.device.wire import payload_bytes, quantise
 from moe_net.kernels.dispatch import ExpertWeights, moe_ffn
 from moe_net.kernels.graphed import GraphedExperts
-from moe_net.kernels.types import zero_sums
-from moe_net.types import Activation
-
-Step = Callable[[], tuple[torch.Tensor | None, ...]]
-
-
-@dataclass(slots=True)
-class Task:
-    """One shape with fresh random data; weights as the kernels want them (see `ExpertWeights`)."""
-
-    x_TD: torch.Tensor
-    ids_TK: torch.Tensor
-    gates_TK: torch.Tensor
-    dy_TD: torch.Tensor
-    w_in_EDH: torch.Tensor
-    w_out_EFD: torch.Tensor
-    activation: Activation
-
-    @property
-    def gated(self) -> bool:
-        return self.activation is Activation.SWIGLU
-
-    def leaves(self) -> list[torch.Tensor]:
-        values = (self.x_TD, self.gates_TK, self.w_in_EDH, self.w_out_EFD)
-        return [value.detach().requires_grad_() for value in values]
 
 
 def _differentiate(task: Task, layer: Callable[..., torch.Tensor]) -> Step:
@@ -63,41 +37,6 @@ def ours(backend: str | None) -> Callable[[Task], Step]:
         )
 
     return contestant
-
-
-def server_dispatch(task: Task) -> Step:
-    """What a server computes for a call of all tokens: gradients are added to fp32 sums. Beside `server_step`."""
-    weights = ExpertWeights(task.w_in_EDH, task.w_out_EFD, task.activation)
-    sums = zero_sums(weights)
-    experts = GraphedExperts(weights, sums)
-
-    def step() -> tuple[torch.Tensor | None, ...]:
-        y_TD, saved = experts.forward(task.x_TD, task.ids_TK, task.gates_TK, keep=True)
-        dx_TD, dgates_TK, _ = experts.backward(task.dy_TD, task.x_TD, task.ids_TK, task.gates_TK, saved)
-        torch.cuda.current_stream().synchronize()
-        return y_TD, dx_TD, dgates_TK, None, None
-
-    return step
-
-
-def server_step(task: Task) -> Step:
-    """The same from int8 bytes in pinned memory to int8 bytes in pinned memory."""
-    n_rows, width = task.x_TD.shape
-    weights = ExpertWeights(task.w_in_EDH, task.w_out_EFD, task.activation)
-    experts = PayloadExperts(GraphedExperts(weights, zero_sums(weights)), width, n_rows, task.x_TD.dtype)
-    x_N, dy_N, y_N, dx_N = torch.empty((4, payload_bytes(n_rows, width)), dtype=torch.uint8).pin_memory()
-    for rows_RD, pinned_N in ((task.x_TD, x_N), (task.dy_TD, dy_N)):
-        sent = torch.empty(pinned_N.numel(), dtype=torch.uint8, device="cuda")
-        quantise(rows_RD, sent)
-        pinned_N.copy_(sent)
-
-    def step() -> tuple[torch.Tensor | None, ...]:
-        x_TD, saved = experts.forward(x_N, task.ids_TK, task.gates_TK, y_N)
-        dgates_TK = experts.backward(dy_N, x_TD, task.ids_TK, task.gates_TK, saved, dx_N)
-        experts.finish()
-        return None, None, dgates_TK, None, None
-
-    return step
 
 
 def dense(task: Task) -> Step:
@@ -215,8 +154,9 @@ CONTESTANTS: dict[str, Callable[[Task], Step]] = {
     "ours:triton": ours("triton"),
     "ours:quack": ours("quack"),
     "ours, a server": ours_server,
-    "dispatch of a server": server_dispatch,
-    "step of a server": server_step,
+    "dispatch of a server": _dispatch_server.dispatch,
+    "from rows to rows": _dispatch_server.payloads,
+    "from call to answer": _dispatch_server.whole,
     "titan compiled": titan_compiled,
     "titan graph": titan_graph,
     "sonicmoe": sonicmoe,

@@ -16,7 +16,8 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from _dispatch_contestants import CONTESTANTS, Step, Task
+from _dispatch_contestants import CONTESTANTS
+from _dispatch_task import Step, Task
 
 from moe_net.kernels.dispatch import ExpertWeights
 from moe_net.kernels.reference import moe_ffn_reference

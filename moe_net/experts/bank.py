@@ -133,6 +133,10 @@ class ExpertBank:
         return self._weights.w_in_EDH.device
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        return self._compute.w_in_EDH.dtype
+
+    @property
     def versions(self) -> dict[int, int]:
         """Expert index -> optimizer steps made."""
         return dict(zip(self.indices, self._optimizer.versions, strict=True))
@@ -157,7 +161,7 @@ class ExpertBank:
     def forward(
         self, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor, *, keep: bool
     ) -> tuple[Tensor, BankSaved | None]:
-        """Row r: sum of gate * expert(x_r) over its slots that are not -1; fp32, on x's device.
+        """Row r: sum of gate * expert(x_r) over its slots that are not -1; of x's dtype and device, and there.
 
         With `keep`, also what `backward` can use instead of running the first projection again.
         """
@@ -166,7 +170,14 @@ class ExpertBank:
             y_RD, kernel = self._graphed.forward(x, slots, gates, keep=keep)
         else:
             y_RD, kernel = moe_ffn_forward(x, slots, gates, self._compute, keep=keep)
-        return y_RD.to(x_RD), BankSaved(kernel, self._generation) if keep else None
+        y_RD = y_RD.to(x_RD)
+        self._finish()
+        return y_RD, BankSaved(kernel, self._generation) if keep else None
+
+    def _finish(self) -> None:
+        """Wait for the device: another thread's stream reads what we return, and callers time us."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _put(self, *values_R: Tensor) -> list[Tensor]:
         """On the bank's device, rows of values in the dtype it computes in (gates and slots stay what they are)."""
@@ -183,7 +194,8 @@ class ExpertBank:
         *,
         accumulate: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """(dx [R, D], dgates [R, K]) of the same forward; adds to the experts' gradient sums unless told not to.
+        """(dx [R, D], dgates [R, K]) of the same forward, where x and gates are; adds to the experts' gradient sums
+        unless told not to.
 
         Of a `saved` that is older than the weights nothing is used: all gradients belong to the weights of now.
         """
@@ -199,7 +211,9 @@ class ExpertBank:
         else:
             sums = self._optimizer.grads if accumulate else None
             dx_RD, dgates_RK = moe_ffn_backward(dy, x, slots, gates, self._compute, kernel, weight_grads=sums)
-        return dx_RD.to(x_RD), dgates_RK.to(gates_RK)
+        dx_RD, dgates_RK = dx_RD.to(x_RD), dgates_RK.to(gates_RK)
+        self._finish()
+        return dx_RD, dgates_RK
 
     def subtract(self, dy_RD: Tensor, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor) -> None:
         """Take a gradient that was added out of the sums, as it would be at the weights of now: exact up to rounding

@@ -100,6 +100,15 @@ class ExpertHost:
         return next(iter(self._banks.values())).committed_tokens
 
     @property
+    def device(self) -> torch.device:
+        """Where the experts run; rows may be there already, in `compute_dtype`."""
+        return next(iter(self._banks.values())).device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return next(iter(self._banks.values())).compute_dtype
+
+    @property
     def origin(self) -> int:
         """Whose learning this is, among replicas; 0: it has none."""
         return next(iter(self._banks.values())).origin

@@ -29,8 +29,18 @@ from torch.autograd.function import once_differentiable
 from moe_net.kernels import reference
 from moe_net.kernels.types import Backend, ExpertWeights, Saved, WeightGrads
 from moe_net.types import Activation
+from moe_net.wire.matrices import ON_CPU, Matrices
 
-__all__ = ["ExpertWeights", "Saved", "WeightGrads", "available", "moe_ffn", "moe_ffn_backward", "moe_ffn_forward"]
+__all__ = [
+    "ExpertWeights",
+    "Saved",
+    "WeightGrads",
+    "available",
+    "matrices_on",
+    "moe_ffn",
+    "moe_ffn_backward",
+    "moe_ffn_forward",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +74,16 @@ def available() -> tuple[str, ...]:
 def _load(backend: str) -> Backend:
     """Imported when first used: Triton and QuACK take seconds, which a peer without a GPU need not spend."""
     return importlib.import_module(f"moe_net.kernels.{_MODULES.get(backend, backend)}")  # pyright: ignore
+
+
+def matrices_on(device: torch.device, dtype: torch.dtype) -> Matrices:
+    """What turns a server's messages into rows for experts that compute in `dtype` on `device`, and rows into messages.
+
+    On a GPU they go over in their wire format, a quarter of fp32 for int8; without Triton the CPU reads and writes.
+    """
+    if device.type != "cuda" or not _installed("triton"):
+        return ON_CPU
+    return importlib.import_module("moe_net.kernels.device.matrices").OnDevice(device, dtype)
 
 
 def _fits(backend: str, x_TD: Tensor, weights: ExpertWeights) -> bool:

@@ -115,7 +115,8 @@ def _capture(fn: Callable[[], list[Tensor]], device: torch.device) -> tuple[Call
         fn()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Only this thread's calls are captured: a server's codec copies on a stream of its own meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = fn()
     return graph.replay, outputs
 

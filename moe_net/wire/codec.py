@@ -24,6 +24,7 @@ from moe_net.proto.v1 import expert_pb2, tensor_pb2
 from moe_net.types import Encoding, ExpertId
 from moe_net.wire import compress
 from moe_net.wire.framing import Parts, lay_out, take_apart
+from moe_net.wire.matrices import ON_CPU, Matrices
 from moe_net.wire.messages import (
     BackwardAnswer,
     BackwardCall,
@@ -95,12 +96,12 @@ def forward_call_parts(call: ForwardCall) -> Parts:
     return lay_out(header, _routing(call.rows), [(LAST_DATA, compress.encode(call.rows.x_RD, call.encoding))])
 
 
-def encode_forward_answer(answer: ForwardAnswer) -> bytes:
+def encode_forward_answer(answer: ForwardAnswer, matrices: Matrices = ON_CPU) -> bytes:
     """The message in one piece."""
-    return b"".join(forward_answer_parts(answer))
+    return b"".join(forward_answer_parts(answer, matrices))
 
 
-def forward_answer_parts(answer: ForwardAnswer) -> Parts:
+def forward_answer_parts(answer: ForwardAnswer, matrices: Matrices = ON_CPU) -> Parts:
     """A ForwardReply; `y_RD` in `answer.encoding`."""
     ran = sorted(answer.versions)
     header = expert_pb2.ForwardReply(
@@ -110,7 +111,7 @@ def forward_answer_parts(answer: ForwardAnswer) -> Parts:
         version=[answer.versions[index] for index in ran],
         timing=_timing(answer.queue_us, answer.compute_us),
     )
-    return lay_out(header, (), [(LAST_DATA, compress.encode(answer.y_RD, answer.encoding))])
+    return lay_out(header, (), [(LAST_DATA, matrices.write(answer.y_RD, answer.encoding))])
 
 
 def encode_backward_call(call: BackwardCall) -> bytes:
@@ -136,12 +137,12 @@ def backward_call_parts(call: BackwardCall) -> Parts:
     return lay_out(header, _routing(call.rows), tensors)
 
 
-def encode_backward_answer(answer: BackwardAnswer) -> bytes:
+def encode_backward_answer(answer: BackwardAnswer, matrices: Matrices = ON_CPU) -> bytes:
     """The message in one piece."""
-    return b"".join(backward_answer_parts(answer))
+    return b"".join(backward_answer_parts(answer, matrices))
 
 
-def backward_answer_parts(answer: BackwardAnswer) -> Parts:
+def backward_answer_parts(answer: BackwardAnswer, matrices: Matrices = ON_CPU) -> Parts:
     """A BackwardReply; `dx_RD` in `answer.encoding`, `gate_grad_P` always fp32."""
     ran = sorted(answer.versions)
     header = expert_pb2.BackwardReply(
@@ -152,7 +153,7 @@ def backward_answer_parts(answer: BackwardAnswer) -> Parts:
         timing=_timing(answer.queue_us, answer.compute_us),
     )
     arrays = [(GATE_GRAD, _packed(answer.gate_grad_P, "<f4"))]
-    return lay_out(header, arrays, [(LAST_DATA, compress.encode(answer.dx_RD, answer.encoding))])
+    return lay_out(header, arrays, [(LAST_DATA, matrices.write(answer.dx_RD, answer.encoding))])
 
 
 def encode_commit_call(call: CommitCall) -> bytes:
@@ -176,14 +177,10 @@ def _check_matrix(matrix: tensor_pb2.Matrix, data: memoryview, name: str, limits
     return encoding
 
 
-def _read_matrix(matrix: tensor_pb2.Matrix, data: memoryview, name: str, encoding: Encoding) -> Tensor:
-    x_RD = compress.decode(data, matrix.rows, matrix.cols, encoding)
-    check_finite(x_RD, name)
-    # A field may come twice and unknown ones besides: 44 bytes that are kept could hold a message of 32 MiB. `obj` is
-    # what the view is of. Only a Backward with inputs, about half each, pays for this honestly: 7 ms for 8
-    # MiB on a busy core.
-    holds_message = encoding is Encoding.FP32 and 2 * data.nbytes < memoryview(data.obj).nbytes
-    return x_RD.clone() if holds_message else x_RD
+def _read_matrix(
+    matrix: tensor_pb2.Matrix, data: memoryview, name: str, encoding: Encoding, matrices: Matrices = ON_CPU
+) -> Tensor:
+    return matrices.read(data, matrix.rows, matrix.cols, encoding, name)
 
 
 def _read_floats(data: memoryview, name: str) -> Tensor:
@@ -194,13 +191,13 @@ def _read_floats(data: memoryview, name: str) -> Tensor:
 
 
 def _read_rows(
-    views: dict[int, memoryview], x: tensor_pb2.Matrix, x_number: int, limits: Limits
+    views: dict[int, memoryview], x: tensor_pb2.Matrix, x_number: int, limits: Limits, matrices: Matrices
 ) -> tuple[RoutedRows, Encoding]:
     x_encoding = _check_matrix(x, views[x_number], "x", limits)
     count_R, index_P = np.frombuffer(views[EXPERTS_PER_ROW], "<i4"), np.frombuffer(views[EXPERT_INDEX], "<i4")
     check_routing(x.rows, count_R, index_P, views[GATE].nbytes // 4, limits)
     rows = RoutedRows(
-        x_RD=_read_matrix(x, views[x_number], "x", x_encoding),
+        x_RD=_read_matrix(x, views[x_number], "x", x_encoding, matrices),
         experts_per_row_R=torch.from_numpy(count_R.copy()),
         expert_index_P=torch.from_numpy(index_P.copy()),
         gate_P=_read_floats(views[GATE], "gate"),
@@ -217,7 +214,7 @@ def _versions(indices: Sequence[int], versions: Sequence[int]) -> dict[int, int]
     return by_index
 
 
-def decode_forward_call(data: bytes | memoryview, limits: Limits) -> ForwardCall:
+def decode_forward_call(data: bytes | memoryview, limits: Limits, matrices: Matrices = ON_CPU) -> ForwardCall:
     """A ForwardRequest; checked except for what only the model knows (`validate.check_rows`)."""
     message, views = take_apart(
         expert_pb2.ForwardRequest, data, limits, arrays=(EXPERTS_PER_ROW, EXPERT_INDEX, GATE), tensors=(LAST_DATA,)
@@ -225,7 +222,7 @@ def decode_forward_call(data: bytes | memoryview, limits: Limits) -> ForwardCall
     check_call_id(message.call_id)
     check_trainer(message.trainer)
     reply_encoding = check_encoding(message.reply_encoding, "reply_encoding")
-    rows, encoding = _read_rows(views, message.x, LAST_DATA, limits)
+    rows, encoding = _read_rows(views, message.x, LAST_DATA, limits, matrices)
     return ForwardCall(
         call_id=message.call_id,
         trainer=message.trainer,
@@ -253,7 +250,7 @@ def decode_forward_answer(data: bytes | memoryview, limits: Limits) -> ForwardAn
     )
 
 
-def decode_backward_call(data: bytes | memoryview, limits: Limits) -> BackwardCall:
+def decode_backward_call(data: bytes | memoryview, limits: Limits, matrices: Matrices = ON_CPU) -> BackwardCall:
     """A BackwardRequest; `rows` is None when the message has nothing of them."""
     message, views = take_apart(
         expert_pb2.BackwardRequest,
@@ -272,13 +269,13 @@ def decode_backward_call(data: bytes | memoryview, limits: Limits) -> BackwardCa
     if message.HasField("x") or any(views[number].nbytes for number in of_rows):
         if (x.rows, x.cols) != (grad.rows, grad.cols):
             raise WireError(f"x: {x.rows} rows of {x.cols} columns, but grad has {grad.rows} of {grad.cols}")
-        rows, _ = _read_rows(views, x, BACKWARD_X_DATA, limits)
+        rows, _ = _read_rows(views, x, BACKWARD_X_DATA, limits, matrices)
     return BackwardCall(
         call_id=message.call_id,
         trainer=message.trainer,
         step=message.step,
         layer=message.layer,
-        grad_RD=_read_matrix(grad, views[LAST_DATA], "grad", encoding),
+        grad_RD=_read_matrix(grad, views[LAST_DATA], "grad", encoding, matrices),
         rows=rows,
         encoding=encoding,
         reply_encoding=reply_encoding,

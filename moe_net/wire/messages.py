@@ -1,7 +1,8 @@
 """The calls of ExpertService as values: what the codec reads and writes, and what every transport carries.
 
 R rows sent to one server, D model width, P (row, expert) pairs of those rows.
-All tensors are on the CPU and contiguous; activations and gradients are fp32 here, whatever the wire carries.
+All tensors are on the CPU and contiguous; activations and gradients are fp32 here, whatever the wire carries. Only
+within a server whose experts run on a GPU they are there, in the dtype these compute in (`wire.matrices`).
 """
 
 from __future__ import annotations

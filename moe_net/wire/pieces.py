@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
-
 from moe_net.errors import WireError
 from moe_net.proto.v1 import expert_pb2
 from moe_net.wire.framing import LENGTH_DELIMITED, Parts, take_apart, varint
+from moe_net.wire.matrices import ON_CPU
 from moe_net.wire.validate import Limits, check_message_bytes
 
 PIECE_BYTES = 2 * 2**20
@@ -52,10 +51,17 @@ def _piece(head: bytes, within: list[memoryview], n_bytes: int) -> bytes:
 class PieceReader:
     """Puts a message together; WireError or LimitError as soon as a piece is wrong."""
 
-    def __init__(self, limits: Limits, admit: Callable[[int], None] = lambda _: None) -> None:
-        """`admit` is told how many bytes will come, before any memory is taken; it raises when they may not."""
+    def __init__(
+        self,
+        limits: Limits,
+        admit: Callable[[int], None] = lambda _: None,
+        room: Callable[[int], memoryview] = ON_CPU.room,
+    ) -> None:
+        """`admit` is told how many bytes will come, before any memory is taken; it raises when they may not. `room`
+        gives that memory."""
         self._limits = limits
         self._admit = admit
+        self._room = room
         self._whole: memoryview | None = None
         self._n_bytes = 0
 
@@ -68,7 +74,7 @@ class PieceReader:
                 raise WireError("total_bytes: missing in the first piece")
             check_message_bytes(piece.total_bytes, self._limits)
             self._admit(piece.total_bytes)
-            self._whole = np.empty(piece.total_bytes, np.uint8).data
+            self._whole = self._room(piece.total_bytes)
         elif piece.total_bytes:
             raise WireError("total_bytes: it was in the first piece")
         end = self._n_bytes + len(data)

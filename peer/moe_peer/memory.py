@@ -34,8 +34,9 @@ def find_device(asked: str | None) -> str:
     return asked
 
 
-def room_for_experts(device: str, run: RunConfig, max_batch_rows: int) -> int:
-    """How many experts half of the free memory holds; on a GPU beside the largest dispatch."""
+def room_for_experts(device: str, run: RunConfig, *, max_batch_rows: int, kept_bytes: int) -> int:
+    """How many experts half of the free memory holds; on a GPU beside the largest dispatch and the `kept_bytes` of
+    calls, which are there as well."""
     shape, model = run.model.expert_shape, run.model
     if torch.device(device).type == "cpu":
         return free_memory_bytes() // 2 // memory_bytes(1, shape)
@@ -44,7 +45,7 @@ def room_for_experts(device: str, run: RunConfig, max_batch_rows: int) -> int:
         max_batch_rows, model.router.experts_per_token, model.n_experts, shape,
         item_bytes=2, backend="grouped", fresh=False,
     )  # fmt: skip
-    return max(0, free // 2 - largest) // memory_bytes(1, shape, compute_bytes=2)
+    return max(0, free // 2 - largest - kept_bytes) // memory_bytes(1, shape, compute_bytes=2)
 
 
 @dataclass(slots=True)

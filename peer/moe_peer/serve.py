@@ -217,7 +217,10 @@ async def _choose_experts(
     one_mib = memory_bytes(1, run.model.expert_shape) / MIB
     capacity = config.max_experts
     if capacity is None:
-        capacity = room_for_experts(find_device(config.device), run, config.max_batch_rows)
+        kept_mib = config.cache_mib + config.reply_mib + config.journal_mib + config.max_queue_mib
+        capacity = room_for_experts(
+            find_device(config.device), run, max_batch_rows=config.max_batch_rows, kept_bytes=kept_mib * MIB
+        )
         if capacity == 0:
             raise ValueError(f"half of the free memory does not hold one expert ({one_mib:.0f} MiB)")
     view = View(await discovery.peers())

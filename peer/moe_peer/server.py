@@ -40,11 +40,13 @@ from moe_net.errors import (
     WireError,
 )
 from moe_net.experts.host import ExpertHost
+from moe_net.kernels.dispatch import matrices_on
 from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.grpc_client import QUEUE_US_KEY, channel_options
 from moe_net.wire import codec
 from moe_net.wire.exchange import CHUNK_BYTES
 from moe_net.wire.framing import Parts
+from moe_net.wire.matrices import ON_CPU, Matrices
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
 from moe_net.wire.pieces import PieceReader, cut
 from moe_net.wire.snapshot import pack
@@ -137,6 +139,7 @@ class ExpertServer:
         self._device = DeviceThread()
         # One thread, so that reading large messages takes no more than one core from the experts.
         self._codec = DeviceThread("codec")
+        self._matrices = matrices_on(host.device, host.compute_dtype)
         self._batcher = Batcher(
             self._device,
             forward_many=host.forward_many,
@@ -224,20 +227,20 @@ class ExpertServer:
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def _forward(
-        self, raw: bytes | memoryview, context: Context, *, write: Callable[[ForwardAnswer], OutT]
+        self, raw: bytes | memoryview, context: Context, *, write: Callable[[ForwardAnswer, Matrices], OutT]
     ) -> OutT:
         with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
             call = await self._sized(len(raw), self._read_forward, raw)
         answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
-        return await self._sized(answer.y_RD.nbytes, write, answer)
+        return await self._sized(answer.y_RD.nbytes, lambda answer: write(answer, self._matrices), answer)
 
     async def _backward(
-        self, raw: bytes | memoryview, context: Context, *, write: Callable[[BackwardAnswer], OutT]
+        self, raw: bytes | memoryview, context: Context, *, write: Callable[[BackwardAnswer, Matrices], OutT]
     ) -> OutT:
         with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
             call = await self._sized(len(raw), self._read_backward, raw)
         answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
-        return await self._sized(answer.dx_RD.nbytes, write, answer)
+        return await self._sized(answer.dx_RD.nbytes, lambda answer: write(answer, self._matrices), answer)
 
     async def _in_pieces(
         self, method: Callable[[memoryview, Context], Awaitable[Parts]], _requests: AsyncIterator[bytes],
@@ -251,7 +254,7 @@ class ExpertServer:
         def admit(n_bytes: int) -> None:  # now, not when its bytes have been sent in vain
             self._batcher.check_room(n_bytes, timeout_s=context.time_remaining())
 
-        reader = PieceReader(self._limits, admit)
+        reader = PieceReader(self._limits, admit, self._matrices.room)
         # Each way: piece by piece just in time it could take hours, and the place of a call with it.
         limit_s = self._chunk_timeout_s + self._limits.max_message_bytes / MIN_FETCH_BYTES_PER_S
         async with asyncio.timeout(limit_s):
@@ -316,16 +319,17 @@ class ExpertServer:
         await self.replicator.answer(requests, context.write, limit_s=context.time_remaining())
 
     async def _sized(self, n_bytes: int, work: Callable[[InT], OutT], value: InT) -> OutT:
-        """`work(value)`, here when small, on the codec's thread when it would hold up the loop."""
-        return work(value) if n_bytes <= INLINE_BYTES else await self._codec.run(work, value)
+        """`work(value)`, here when small, on the codec's thread when it would hold up the loop or waits for a GPU."""
+        here = self._matrices is ON_CPU and n_bytes <= INLINE_BYTES
+        return work(value) if here else await self._codec.run(work, value)
 
     def _read_forward(self, raw: bytes | memoryview) -> ForwardCall:
-        call = codec.decode_forward_call(raw, self._limits)
+        call = codec.decode_forward_call(raw, self._limits, self._matrices)
         self._check_inputs(call.layer, call.rows)
         return call
 
     def _read_backward(self, raw: bytes | memoryview) -> BackwardCall:
-        call = codec.decode_backward_call(raw, self._limits)
+        call = codec.decode_backward_call(raw, self._limits, self._matrices)
         if call.rows is not None:
             self._check_inputs(call.layer, call.rows)
         return call

@@ -1,4 +1,4 @@
-"""The device's small kernels against what they replace: torch's sort and row functions, the wire's int8 layout."""
+"""The device's small kernels against what they replace: torch's sort and row functions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from kernel_checks import check
 
 from moe_net.kernels import grouped, pointwise
 from moe_net.kernels.device import routing as device_routing
-from moe_net.kernels.device import rows, wire
+from moe_net.kernels.device import rows
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.memory import dispatch_bytes
 from moe_net.kernels.types import zero_sums
-from moe_net.types import Activation, Encoding, ExpertShape
-from moe_net.wire import compress
+from moe_net.types import Activation, ExpertShape
 
 
 @given(
@@ -51,42 +50,6 @@ def test_grouped_products_with_rows_in_one_pass_equal_the_reference(
 ) -> None:
     monkeypatch.setattr(grouped, "_row_functions", lambda x_TD: rows)
     check(make_case(1, t=20, k=3, e=4, d=16, f=24, activation=activation, routing=routing), "grouped", dtype)
-
-
-@given(n_rows=st.integers(1, 5), width=st.sampled_from([4, 60, 64, 68, 200]), seed=st.integers(0, 99))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-def test_int8_rows_are_those_of_the_wire(n_rows: int, width: int, seed: int) -> None:
-    x_RD = torch.randn((n_rows, width), generator=torch.Generator().manual_seed(seed))
-    x_RD[0, :4] = 0
-    payload = torch.tensor(list(compress.encode(x_RD, Encoding.INT8)), dtype=torch.uint8)
-    right = compress.decode(memoryview(payload.numpy()), n_rows, width, Encoding.INT8).clone()
-    torch.testing.assert_close(wire.dequantise(payload.to(DEVICE), n_rows, width, torch.float32).cpu(), right)
-    data_N = torch.full((wire.payload_bytes(n_rows, width),), 77, dtype=torch.uint8, device=DEVICE)
-    wire.quantise(x_RD.to(DEVICE), data_N)
-    again = compress.decode(memoryview(data_N.cpu().numpy()), n_rows, width, Encoding.INT8)
-    assert bool(((again - x_RD).abs() <= x_RD.abs().max() / 253.9).all())
-    assert data_N.numel() == compress.payload_bytes(n_rows, width, Encoding.INT8)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_not_finite_is_found_by_the_receiver(value: float) -> None:
-    x_RD = torch.ones((2, 128), device=DEVICE)
-    x_RD[1, 70] = value
-    data_N = torch.empty(wire.payload_bytes(2, 128), dtype=torch.uint8, device=DEVICE)
-    wire.quantise(x_RD, data_N)
-    decoded = compress.decode(memoryview(data_N.cpu().numpy()), 2, 128, Encoding.INT8)
-    assert decoded.isfinite().tolist() == [[True] * 128, [True] * 64 + [False] * 64]
-
-
-def test_the_largest_numbers_survive_and_the_smallest_become_zero() -> None:
-    largest = torch.finfo(torch.float32).max
-    x_RD = torch.zeros((1, 128), device=DEVICE)
-    x_RD[0, 0], x_RD[0, 64] = largest, 1e-40
-    data_N = torch.empty(wire.payload_bytes(1, 128), dtype=torch.uint8, device=DEVICE)
-    wire.quantise(x_RD, data_N)
-    decoded = compress.decode(memoryview(data_N.cpu().numpy()), 1, 128, Encoding.INT8)
-    assert float(decoded[0, 0]) == pytest.approx(largest, rel=0.01)
-    assert bool((decoded[0, 1:] == 0).all())
 
 
 def test_memory_is_known_for_the_gpu_backends_alone() -> None:

@@ -7,13 +7,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import torch
-from kernel_cases import DEVICE
+from gpu_peers import rounded_banks
 from swarms import make_trainer, single_process_losses, small_run
 
 from moe_net.client import make_banks
 from moe_net.config import RunConfig
-from moe_net.experts.bank import ExpertBank
 from moe_net.experts.host import ExpertHost
 from moe_net.model.remote_moe import SwarmLink
 from moe_net.placement.view import View
@@ -25,26 +23,6 @@ from moe_net.types import PeerInfo
 STEPS = 50
 
 
-def rounded_banks(run: RunConfig, peer: PeerInfo) -> dict[int, ExpertBank]:
-    """What a GPU peer hosts; on a machine without one, the same arithmetic on the CPU."""
-    if DEVICE == "cuda":
-        return make_banks(run, peer.experts, device="cuda")
-    return {
-        layer: ExpertBank(
-            layer=layer,
-            indices=[expert.index for expert in peer.experts if expert.layer == layer],
-            shape=run.model.expert_shape,
-            optimizer=run.optimizer,
-            global_batch_tokens=run.global_batch_tokens,
-            run=run.name,
-            seed=run.seed,
-            init_std=run.model.init_std,
-            compute_dtype=torch.bfloat16,
-        )
-        for layer in sorted({expert.layer for expert in peer.experts})
-    }
-
-
 @contextmanager
 def two_peers(run: RunConfig, computing: Sequence[str]) -> Iterator[SwarmLink]:
     peers = [
@@ -52,7 +30,7 @@ def two_peers(run: RunConfig, computing: Sequence[str]) -> Iterator[SwarmLink]:
         for i in range(2)
     ]
     hosts = {
-        peer.peer_id: ExpertHost(rounded_banks(run, peer) if kind == "gpu" else make_banks(run, peer.experts))
+        peer.peer_id: ExpertHost(rounded_banks(run, peer.experts) if kind == "gpu" else make_banks(run, peer.experts))
         for peer, kind in zip(peers, computing, strict=True)
     }
     view = View(peers)

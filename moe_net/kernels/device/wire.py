@@ -1,7 +1,8 @@
 # pyright: basic, reportCallIssue=false
-"""The wire's int8 rows on the device: out of and into the bytes of `wire.compress`, one pass each.
+"""The wire's matrices on the device: out of and into the bytes of `wire.compress`, one pass each.
 
-R rows, D columns; scales are per row and block of 64 columns: first all values, then all scales.
+R rows, D columns, N values; int8 scales are per row and block of 64 columns: first all values, then all scales.
+What is read is looked at on the way: the first value that is not finite in the dtype it becomes sets `bad`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,42 @@ from torch import Tensor
 from moe_net.kernels.device.sizes import ceil_div, power_of_2
 
 BLOCK = 64
+_VALUES = 4096
+"""Of a program that casts."""
 # As in `wire.compress`: 127 times the largest is finite; below the smallest normal number a block becomes 0.
 _LARGEST_SCALE, _SMALLEST_SCALE = 2.679388389e36, torch.finfo(torch.float32).tiny
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def _dequantise(q_ptr, scale_ptr, out_ptr, n_rows, width, n_blocks, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
+def _dequantise(
+    q_ptr, scale_ptr, out_ptr, bad_ptr, n_rows, width, n_blocks, BLOCKS: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block_B = tl.arange(0, BLOCKS)
     column_BS = block_B[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     inside_BS = column_BS < width
     scale_B = tl.load(scale_ptr + row * n_blocks + block_B, mask=block_B < n_blocks, other=0.0)
     q_BS = tl.load(q_ptr + row * width + column_BS, mask=inside_BS, other=0).to(tl.float32)
-    tl.store(out_ptr + row * width + column_BS, q_BS * scale_B[:, None], mask=inside_BS)
+    x_BS = (q_BS * scale_B[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * width + column_BS, x_BS, mask=inside_BS)
+    # 0 * infinity among them: a scale that is not finite is found whatever its values are.
+    n_bad = tl.sum(tl.sum(tl.where(tl.abs(x_BS.to(tl.float32)) < float("inf"), 0, 1), 1), 0)
+    tl.store(bad_ptr, 1, mask=n_bad > 0)
+
+
+@triton.jit(do_not_specialize=["n_values"])
+def _cast(x_ptr, out_ptr, bad_ptr, n_values, LARGEST, SIZE: tl.constexpr):
+    """Finite values beyond LARGEST (unless 0) become it; infinite ones and NaN stay what they are."""
+    at_S = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside_S = at_S < n_values
+    x_S = tl.load(x_ptr + at_S, mask=inside_S, other=0.0).to(tl.float32)
+    if LARGEST > 0:
+        clamped_S = tl.minimum(tl.maximum(x_S, -LARGEST), LARGEST)
+        x_S = tl.where(tl.abs(x_S) < float("inf"), clamped_S, x_S)
+    y_S = x_S.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at_S, y_S, mask=inside_S)
+    n_bad = tl.sum(tl.where(tl.abs(y_S.to(tl.float32)) < float("inf"), 0, 1), 0)
+    tl.store(bad_ptr, 1, mask=n_bad > 0)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -50,33 +74,29 @@ def _quantise(
     tl.store(scale_ptr + row * n_blocks + block_B, scale_B, mask=block_B < n_blocks)
 
 
-def payload_parts(data_N: Tensor, n_rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """(int8 values [R * D], fp32 scales [R * blocks]) of a uint8 payload; views. R * D must be a multiple of 4."""
-    n_values = n_rows * width
-    return data_N[:n_values].view(torch.int8), data_N[n_values:].view(torch.float32)
-
-
-def payload_bytes(n_rows: int, width: int) -> int:
-    return n_rows * width + 4 * n_rows * ceil_div(width, BLOCK)
-
-
-def dequantise(data_N: Tensor, n_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """[R, D] from a payload on the device."""
-    q, scale = payload_parts(data_N, n_rows, width)
-    out_RD = torch.empty((n_rows, width), dtype=dtype, device=data_N.device)
+def dequantise(q_N: Tensor, scale_N: Tensor, out_RD: Tensor, bad: Tensor) -> None:
+    """`out` = q (int8 [R * D]) * scale (fp32 [R * blocks]), rounded to out's dtype. `bad`: int32 [1]."""
+    n_rows, width = out_RD.shape
     blocks = ceil_div(width, BLOCK)
-    _dequantise[(n_rows,)](q, scale, out_RD, n_rows, width, blocks, power_of_2(blocks), BLOCK, num_warps=4)
-    return out_RD
+    _dequantise[(n_rows,)](
+        q_N, scale_N, out_RD, bad, n_rows, width, blocks, power_of_2(blocks), BLOCK, num_warps=4
+    )  # fmt: skip
 
 
-def quantise(x_RD: Tensor, data_N: Tensor) -> None:
-    """Write `x` as a payload into `data_N` (uint8); error at most 0.5001 * absmax / 127 of a value's block.
+def quantise(x_RD: Tensor, q_N: Tensor, scale_N: Tensor) -> None:
+    """Write `x` as q and scale; error at most 0.5001 * absmax / 127 of a value's block.
 
     A block with a value that is not finite gets NaN for its scale, and the receiver finds it there.
     """
     n_rows, width = x_RD.shape
-    q, scale = payload_parts(data_N, n_rows, width)
     blocks = ceil_div(width, BLOCK)
     _quantise[(n_rows,)](
-        x_RD, q, scale, n_rows, width, blocks, _LARGEST_SCALE, _SMALLEST_SCALE, power_of_2(blocks), BLOCK, num_warps=4
-    )
+        x_RD, q_N, scale_N, n_rows, width, blocks, _LARGEST_SCALE, _SMALLEST_SCALE, power_of_2(blocks), BLOCK,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def cast(x_N: Tensor, out_N: Tensor, bad: Tensor, *, largest: float = 0.0) -> None:
+    """`out` = x in out's dtype, both contiguous; with `largest`, finite values are at most that. `bad`: int32 [1]."""
+    n_values = x_N.numel()
+    _cast[(ceil_div(n_values, _VALUES),)](x_N, out_N, bad, n_values, largest, _VALUES, num_warps=8)

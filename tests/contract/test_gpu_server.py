@@ -1,0 +1,112 @@
+"""A server that reads and writes messages where its experts are: the answers of one on the CPU, within bf16."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import grpc
+import pytest
+import torch
+from expert_calls import (
+    ENCODINGS,
+    HOSTED,
+    RUN,
+    Client,
+    backward_call,
+    forward_call,
+    refused,
+    serving,
+    stock_backward,
+    stock_forward,
+    values,
+)
+from gpu_peers import device_matrices, rounded_banks
+from torch import Tensor
+
+from moe_net.experts.host import ExpertHost
+from moe_net.rpc import grpc_client
+from moe_net.types import Encoding
+from moe_net.wire.messages import BackwardAnswer, CommitCall, ForwardAnswer, ForwardCall
+from moe_peer import server
+from moe_peer.server import ExpertServer
+
+
+@asynccontextmanager
+async def serving_on_device() -> AsyncIterator[tuple[ExpertServer, Client, ExpertHost]]:
+    host = ExpertHost(rounded_banks(RUN, HOSTED))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "matrices_on", device_matrices)
+        async with serving(host) as (started, client):
+            yield started, client, host
+
+
+def assert_close(got: Tensor, right: Tensor) -> None:
+    """bf16 keeps 8 bits, of x, of what lies between, and of the answer (and Triton's interpreter 7); int8 as many of the
+    largest of a row."""
+    assert got.shape == right.shape
+    assert float((got - right).norm()) <= 0.03 * float(right.norm())
+
+
+@pytest.mark.parametrize("resend", [False, True])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+async def test_answers_are_those_of_a_server_on_the_cpu(encoding: Encoding, resend: bool) -> None:
+    call = forward_call(encoding=encoding, n_rows=70)
+    back = backward_call(call, resend=resend)
+    async with serving() as (_, cpu), serving_on_device() as (_, ours, _), serving_on_device() as (_, stock, _):
+        right, answer = [await c.transport.forward(c.peer, call, timeout_s=60) for c in (cpu, ours)]
+        assert_close(answer.y_RD, right.y_RD)
+        assert (answer.failed_experts, answer.versions) == (right.failed_experts, right.versions)
+        right_back, result = [await c.transport.backward(c.peer, back, timeout_s=60) for c in (cpu, ours)]
+        assert_close(result.dx_RD, right_back.dx_RD)
+        assert_close(result.gate_grad_P, right_back.gate_grad_P)
+        reply = await stock.stub.Forward(stock_forward(call), timeout=60)
+        assert torch.equal(values(reply.y_data, reply.y), answer.y_RD)
+        gradient = await stock.stub.Backward(stock_backward(back), timeout=60)
+        assert torch.equal(values(gradient.dx_data, gradient.dx), result.dx_RD)
+
+
+async def test_calls_of_many_sizes_at_once_whole_and_in_pieces_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [forward_call(encoding=Encoding(1 + i % 4), n_rows=20 + 13 * i % 97, seed=i) for i in range(24)]
+
+    async def learn(client: Client) -> tuple[list[ForwardAnswer], list[BackwardAnswer], Tensor]:
+        async def one(call: ForwardCall) -> tuple[ForwardAnswer, BackwardAnswer]:
+            answer = await client.transport.forward(client.peer, call, timeout_s=60)
+            return answer, await client.transport.backward(client.peer, backward_call(call), timeout_s=60)
+
+        pairs = await asyncio.gather(*(one(call) for call in calls))
+        await client.transport.commit(client.peer, CommitCall(trainer="t", step=0, tokens=1), timeout_s=60)
+        state = await client.transport.fetch(client.peer, 1, (), timeout_s=60)
+        sums = torch.cat([value.flatten() for name, value in sorted(state.items()) if ".g_" in name])
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs], sums
+
+    monkeypatch.setattr(grpc_client, "IN_PIECES_BYTES", 2000)  # of the longer half
+    async with serving() as (_, cpu), serving_on_device() as (_, client, _):
+        right, got = await learn(cpu), await learn(client)
+    for answers, expected in zip(got[:2], right[:2], strict=True):
+        for one, two in zip(answers, expected, strict=True):
+            assert_close(*(a.y_RD if isinstance(a, ForwardAnswer) else a.dx_RD for a in (one, two)))
+    assert got[2].numel() > 100
+    assert_close(got[2], right[2])
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+async def test_what_is_not_finite_is_refused_and_changes_nothing(encoding: Encoding) -> None:
+    sound = forward_call(encoding=encoding)
+    x_RD = sound.rows.x_RD.clone()
+    x_RD[3, 5] = float("nan")
+    poisoned = replace(sound, rows=replace(sound.rows, x_RD=x_RD))
+    async with serving_on_device() as (_, client, host):
+        code, reason = await refused(client.stub.Forward(stock_forward(poisoned), timeout=60))
+        assert (code, reason.partition(" has ")[0]) == (
+            grpc.StatusCode.INVALID_ARGUMENT, "x: holds an infinity, NaN, or a value beyond what torch.bfloat16",
+        )  # fmt: skip
+        assert host.book_sizes.kept_calls == 0
+        await client.stub.Forward(stock_forward(sound), timeout=60)
+        back = replace(backward_call(sound), grad_RD=x_RD)
+        code, reason = await refused(client.stub.Backward(stock_backward(back), timeout=60))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert reason.startswith("grad: holds")
+        assert not (await client.transport.backward(client.peer, backward_call(sound), timeout_s=60)).repeated

@@ -1,0 +1,39 @@
+"""What a peer with a GPU hosts, and reads and writes with; on a machine without one the same arithmetic on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from kernel_cases import DEVICE
+
+from moe_net.client import make_banks
+from moe_net.config import RunConfig
+from moe_net.experts.bank import ExpertBank
+from moe_net.kernels.device.matrices import OnDevice
+from moe_net.types import ExpertId
+from moe_net.wire.matrices import Matrices
+
+
+def rounded_banks(run: RunConfig, experts: Sequence[ExpertId]) -> dict[int, ExpertBank]:
+    if DEVICE == "cuda":
+        return make_banks(run, experts, device="cuda")
+    return {
+        layer: ExpertBank(
+            layer=layer,
+            indices=[expert.index for expert in experts if expert.layer == layer],
+            shape=run.model.expert_shape,
+            optimizer=run.optimizer,
+            global_batch_tokens=run.global_batch_tokens,
+            run=run.name,
+            seed=run.seed,
+            init_std=run.model.init_std,
+            compute_dtype=torch.bfloat16,
+        )
+        for layer in sorted({expert.layer for expert in experts})
+    }
+
+
+def device_matrices(_device: torch.device, dtype: torch.dtype) -> Matrices:
+    """In place of `matrices_on`, which on a CPU says the CPU's."""
+    return OnDevice(torch.device(DEVICE), dtype)

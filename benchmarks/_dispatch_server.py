@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import torch
 from _dispatch_task import Step, Task
 
-from moe_net.experts.bank import ExpertBank
+from moe_net.client import make_banks
+from moe_net.config import RunConfig
 from moe_net.experts.host import ExpertHost
 from moe_net.kernels.device.matrices import OnDevice
 from moe_net.kernels.graphed import GraphedExperts
 from moe_net.kernels.types import ExpertWeights, zero_sums
-from moe_net.optim import OptimizerConfig
-from moe_net.types import Encoding, ExpertShape
+from moe_net.model.config import ModelConfig, RouterConfig
+from moe_net.types import Encoding
 from moe_net.wire import codec
-from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
+from moe_net.wire.matrices import Matrices
+from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
 from moe_net.wire.validate import Limits
+from moe_peer.server import ExpertServer
 
 
 def dispatch(task: Task) -> Step:
@@ -34,86 +39,136 @@ def dispatch(task: Task) -> Step:
 
 
 def payloads(task: Task) -> Step:
-    """The same from int8 rows in pinned memory to int8 rows in pinned memory, by what a server reads and writes with.
-    The first step returns y and dx as they arrive, for the comparison with the oracle."""
+    """The same from int8 rows in pinned memory to int8 rows in pinned memory, as a server reads and writes them."""
     n_rows, width = task.x_TD.shape
     weights = ExpertWeights(task.w_in_EDH, task.w_out_EFD, task.activation)
     experts = GraphedExperts(weights, zero_sums(weights))
     matrices = OnDevice(task.x_TD.device, task.x_TD.dtype)
-    x_N, dy_N = matrices.write(task.x_TD, Encoding.INT8), matrices.write(task.dy_TD, Encoding.INT8)
+    x_N, dy_N = (
+        matrices.write(matrices.ship(rows_TD, Encoding.INT8), Encoding.INT8) for rows_TD in (task.x_TD, task.dy_TD)
+    )
+    matrices.finish()
 
     def step() -> tuple[torch.Tensor | None, ...]:
-        x_TD = matrices.read(x_N, n_rows, width, Encoding.INT8, "x")
+        x_TD = matrices.land(matrices.read(x_N, n_rows, width, Encoding.INT8, "x"))
         y_TD, saved = experts.forward(x_TD, task.ids_TK, task.gates_TK, keep=True)
-        torch.cuda.current_stream().synchronize()
-        matrices.write(y_TD, Encoding.INT8)
-        dy_TD = matrices.read(dy_N, n_rows, width, Encoding.INT8, "dy")
+        sent = matrices.ship(y_TD, Encoding.INT8)
+        matrices.finish()
+        matrices.write(sent, Encoding.INT8)
+        dy_TD = matrices.land(matrices.read(dy_N, n_rows, width, Encoding.INT8, "dy"))
         dx_TD, dgates_TK, _ = experts.backward(dy_TD, x_TD, task.ids_TK, task.gates_TK, saved)
-        torch.cuda.current_stream().synchronize()
-        matrices.write(dx_TD, Encoding.INT8)
+        sent = matrices.ship(dx_TD, Encoding.INT8)
+        matrices.finish()
+        matrices.write(sent, Encoding.INT8)
         return y_TD, dx_TD, dgates_TK, None, None
 
     return step
 
 
-def _host(task: Task) -> ExpertHost:
-    """Of experts with the task's weights."""
+def _server(task: Task) -> ExpertServer:
+    """Of experts with the task's weights; it listens nowhere."""
     n_experts, d_model, _ = task.w_in_EDH.shape
-    shape = ExpertShape(d_model=d_model, d_ff=task.w_out_EFD.shape[1], activation=task.activation)
-    bank = ExpertBank(
-        layer=0, indices=range(n_experts), shape=shape, optimizer=OptimizerConfig(), global_batch_tokens=2**40,
-        run="benchmark", seed=0, init_std=0.02, device="cuda", compute_dtype=task.x_TD.dtype,
+    model = ModelConfig(
+        d_model=d_model, d_ff_expert=task.w_out_EFD.shape[1], n_layers=1, n_experts=n_experts,
+        router=RouterConfig(experts_per_token=task.ids_TK.shape[1]), activation=task.activation.value,
     )  # fmt: skip
-    for index in range(n_experts):
-        state = bank.state([index])
-        state[f"0.{index}.w_in"] = task.w_in_EDH[index].float().cpu().contiguous()
-        state[f"0.{index}.w_out"] = task.w_out_EFD[index].float().cpu().contiguous()
-        bank.load_state(state)
-    return ExpertHost({0: bank})
+    run = RunConfig(name="benchmark", model=model, global_batch_tokens=2**40)
+    (bank,) = make_banks(run, model.expert_ids, device="cuda").values()
+    bank._weights.w_in_EDH.copy_(task.w_in_EDH)
+    bank._weights.w_out_EFD.copy_(task.w_out_EFD)
+    bank._weights_changed()
+    return ExpertServer(ExpertHost({bank.layer: bank}), run=run, peer_id="p")
 
 
-def _pinned(message: bytes, matrices: OnDevice) -> tuple[memoryview, np.ndarray]:
-    """(the message where a server has it that came in pieces, the 16 bytes of its call id)"""
-    there = matrices.room(len(message))
-    there[:] = message
-    start = message.index(_ID)
-    return there, np.frombuffer(there, np.uint8)[start : start + 16]
+class _Calls:
+    """A Forward and its Backward as bytes, where a server has them that came in pieces; each time under another id."""
+
+    def __init__(self, task: Task, matrices: Matrices, trainer: str) -> None:
+        n_rows, n_choices = task.ids_TK.shape
+        rows = RoutedRows(
+            x_RD=task.x_TD.float().cpu(),
+            experts_per_row_R=torch.full((n_rows,), n_choices, dtype=torch.int32),
+            expert_index_P=task.ids_TK.reshape(-1).int().cpu(),
+            gate_P=task.gates_TK.reshape(-1).cpu(),
+        )
+        call_id = bytes(range(200, 208)) + trainer.encode().ljust(8)
+        common = {"call_id": call_id, "trainer": trainer, "step": 0, "layer": 0, "encoding": Encoding.INT8}
+        messages = (
+            codec.encode_forward_call(ForwardCall(**common, rows=rows, reply_encoding=Encoding.INT8)),
+            codec.encode_backward_call(
+                BackwardCall(**common, grad_RD=task.dy_TD.float().cpu(), reply_encoding=Encoding.INT8)
+            ),
+        )
+        self._raw: list[memoryview] = []
+        self._ids: list[np.ndarray] = []
+        for message in messages:
+            there = matrices.room(len(message))
+            there[:] = message
+            start = message.index(call_id)
+            self._raw.append(there)
+            self._ids.append(np.frombuffer(there, np.uint8)[start : start + 16])
+        self._turn = 0
+
+    def next(self) -> list[memoryview]:
+        self._turn += 1
+        for call_id in self._ids:
+            call_id[:8] = np.frombuffer(self._turn.to_bytes(8, "little"), np.uint8)
+        return self._raw
 
 
-_ID = bytes(range(200, 216))
-
-
-def whole(task: Task) -> Step:
-    """All that a server does between a call's bytes and its answer's: read and check the message, look the call up,
-    dispatch, remember, write. On one thread: a server reads the next call, and writes the last answer, meanwhile."""
-    host, limits = _host(task), Limits()
-    matrices = OnDevice(task.x_TD.device, task.x_TD.dtype)
-    n_rows, n_choices = task.ids_TK.shape
-    rows = RoutedRows(
-        x_RD=task.x_TD.float().cpu(),
-        experts_per_row_R=torch.full((n_rows,), n_choices, dtype=torch.int32),
-        expert_index_P=task.ids_TK.reshape(-1).int().cpu(),
-        gate_P=task.gates_TK.reshape(-1).cpu(),
-    )
-    common = {"call_id": _ID, "trainer": "t", "step": 0, "layer": 0}
-    int8 = {"encoding": Encoding.INT8, "reply_encoding": Encoding.INT8}
-    forward = codec.encode_forward_call(ForwardCall(**common, **int8, rows=rows))
-    backward = codec.encode_backward_call(BackwardCall(**common, **int8, grad_RD=task.dy_TD.float().cpu()))
-    (forward_N, forward_id), (backward_N, backward_id) = (_pinned(m, matrices) for m in (forward, backward))
-    turn = 0
+def one_by_one(task: Task) -> Step:
+    """All that a server does between a call's bytes and its answer's, on one thread: read and check the message, look
+    the call up, dispatch, remember, write."""
+    server = _server(task)
+    matrices, limits, device = server._matrices, Limits(), task.x_TD.device
+    calls = _Calls(task, matrices, "one")
 
     def step() -> tuple[torch.Tensor | None, ...]:
-        nonlocal turn
-        turn += 1
-        forward_id[:8] = backward_id[:8] = np.frombuffer(turn.to_bytes(8, "little"), np.uint8)
-        call = codec.decode_forward_call(forward_N, limits, matrices)
-        answer = host.forward_many([call])[0]
-        assert isinstance(answer, ForwardAnswer), answer
+        forward, backward = calls.next()
+        answer = server._forward_many([codec.decode_forward_call(forward, limits, matrices)])[0]
         codec.forward_answer_parts(answer, matrices)
-        gradient = codec.decode_backward_call(backward_N, limits, matrices)
-        back = host.backward_many([gradient])[0]
-        assert isinstance(back, BackwardAnswer), back
+        back = server._backward_many([codec.decode_backward_call(backward, limits, matrices)])[0]
         codec.backward_answer_parts(back, matrices)
-        return answer.y_RD, back.dx_RD, back.gate_grad_P.view(n_rows, n_choices).to(task.x_TD.device), None, None
+        dgates_TK = back.gate_grad_P.view(task.gates_TK.shape).to(device)
+        return answer.y_RD.payload.source, back.dx_RD.payload.source, dgates_TK, None, None
+
+    return step
+
+
+class _Context:
+    """Of a call, as far as a server asks it."""
+
+    @staticmethod
+    def time_remaining() -> float:
+        return 60.0
+
+
+def served(task: Task) -> Step:
+    """As one peer serves three trainers, without gRPC: its loop, its codec's and its device's thread. A step is the
+    time from one Backward's answer to the next one's."""
+    server = _server(task)
+    loop = asyncio.new_event_loop()
+    answered: asyncio.Queue[None] = asyncio.Queue(3)
+
+    async def trainer(name: str) -> None:
+        calls = _Calls(task, server._matrices, name)
+        while True:
+            forward, backward = calls.next()
+            await server._forward(forward, _Context, write=codec.forward_answer_parts)
+            await server._backward(backward, _Context, write=codec.backward_answer_parts)
+            await answered.put(None)
+
+    async def begin() -> list[asyncio.Task[None]]:
+        for owned in (server._device, server._codec, server._batcher):
+            await owned.__aenter__()
+        return [asyncio.create_task(trainer(f"t{i}")) for i in range(3)]
+
+    tasks = loop.run_until_complete(begin())
+
+    def step() -> tuple[torch.Tensor | None, ...]:
+        for running in tasks:
+            assert not running.done(), running
+        loop.run_until_complete(answered.get())
+        return None, None, None, None, None
 
     return step

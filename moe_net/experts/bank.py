@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,8 +102,9 @@ class ExpertBank:
         self.committed_tokens = 0
         """Towards the next step."""
         self._slot_of = {index: slot for slot, index in enumerate(self.indices)}
-        self._slot_by_index = torch.full((self.indices[-1] + 2,), -1, dtype=torch.int64)
-        self._slot_by_index[list(self.indices)] = torch.arange(len(self.indices))
+        # Of index i at i + 1; the first and the last stand for every index out of range.
+        self._slot_at = np.full(self.indices[-1] + 3, -1, dtype=np.int32)
+        self._slot_at[np.array(self.indices) + 1] = np.arange(len(self.indices))
         # As a view of [E, H, D]: what GPUs like (see `ExpertWeights`), and as good as any for a CPU.
         on_gpu = torch.device(device).type == "cuda"
         sizes = (len(self.indices), shape.d_hidden, shape.d_model)
@@ -153,36 +155,48 @@ class ExpertBank:
         return dict(zip(self.indices, self._lineages, strict=True))
 
     def slots(self, expert_index: Tensor) -> Tensor:
-        """int64 slots of the same shape; -1 for an index that is not hosted here."""
-        last = self._slot_by_index.numel() - 1  # no expert has it: it stands for every index out of range
-        index = expert_index.to(torch.int64)
-        return self._slot_by_index[torch.where((index < 0) | (index > last), last, index)]
+        """int32 slots of the same shape, of indices on the CPU; -1 for one that is not hosted here."""
+        index = expert_index.numpy()
+        # The largest number plus one is negative, and out of range as well.
+        return torch.from_numpy(self._slot_at.take(index + 1, mode="clip"))
 
     def forward(
         self, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor, *, keep: bool
     ) -> tuple[Tensor, BankSaved | None]:
-        """Row r: sum of gate * expert(x_r) over its slots that are not -1; of x's dtype and device, and there.
+        """Row r: sum of gate * expert(x_r) over its slots that are not -1; of x's dtype, on its device.
 
         With `keep`, also what `backward` can use instead of running the first projection again.
         """
-        x, slots, gates = self._put(x_RD, slots_RK, gates_RK)
-        if self._graphed is not None and self._graphed.takes(x, slots):
-            y_RD, kernel = self._graphed.forward(x, slots, gates, keep=keep)
+        x = self._rows(x_RD)
+        if self._graphed is not None and self._graphed.takes(x, slots_RK):
+            y_RD, kernel = self._graphed.forward(x, self._pinned(slots_RK), self._pinned(gates_RK), keep=keep)
         else:
+            slots, gates = self._put(slots_RK, gates_RK)
             y_RD, kernel = moe_ffn_forward(x, slots, gates, self._compute, keep=keep)
-        y_RD = y_RD.to(x_RD)
-        self._finish()
-        return y_RD, BankSaved(kernel, self._generation) if keep else None
+        return y_RD.to(x_RD), BankSaved(kernel, self._generation) if keep else None
 
-    def _finish(self) -> None:
-        """Wait for the device: another thread's stream reads what we return, and callers time us."""
+    def finish(self) -> None:
+        """Wait until what was returned is there: of rows on a GPU it comes when that has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
+    def _rows(self, x_RD: Tensor) -> Tensor:
+        """On the bank's device, in the dtype it computes in."""
+        return x_RD.to(self.device, self._compute.w_in_EDH.dtype, non_blocking=True)
+
     def _put(self, *values_R: Tensor) -> list[Tensor]:
-        """On the bank's device, rows of values in the dtype it computes in (gates and slots stay what they are)."""
-        x_RD, *others = (value.to(self.device, non_blocking=True) for value in values_R)
-        return [x_RD.to(self._compute.w_in_EDH.dtype), *others]
+        return [value.to(self.device, non_blocking=True) for value in values_R]
+
+    def _pinned(self, value_RK: Tensor) -> Tensor:
+        """From where it goes into a graph's buffers while the host goes on."""
+        return value_RK.pin_memory() if value_RK.device.type == "cpu" and self.device.type == "cuda" else value_RK
+
+    def _fetched(self, value_RK: Tensor, like_RK: Tensor) -> Tensor:
+        """Of the dtype of `like` and where it is; without waiting for a GPU."""
+        if value_RK.device == like_RK.device or like_RK.device.type != "cpu":
+            return value_RK.to(like_RK)
+        fetched_RK = torch.empty(value_RK.shape, dtype=like_RK.dtype, pin_memory=True)
+        return fetched_RK.copy_(value_RK, non_blocking=True)
 
     def backward(
         self,
@@ -195,25 +209,25 @@ class ExpertBank:
         accumulate: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """(dx [R, D], dgates [R, K]) of the same forward, where x and gates are; adds to the experts' gradient sums
-        unless told not to.
+        unless told not to. Of rows on a GPU dgates too are there only after `finish`.
 
         Of a `saved` that is older than the weights nothing is used: all gradients belong to the weights of now.
         """
         kernel = saved.kernel if saved is not None and saved.generation == self._generation else None
         if kernel is not None and not accumulate and kernel.backend == GRAPHED:
             kernel = None  # graphs add
-        x, slots, gates = self._put(x_RD, slots_RK, gates_RK)
-        (dy,) = self._put(dy_RD)
-        if accumulate:
-            self._summed_rows_E += self._rows_by_slot(slots_RK)
-        if accumulate and self._graphed is not None and self._graphed.takes(x, slots):
+        x, dy = self._rows(x_RD), self._rows(dy_RD)
+        if accumulate and self._graphed is not None and self._graphed.takes(x, slots_RK):
+            slots, gates = self._pinned(slots_RK), self._pinned(gates_RK)
             dx_RD, dgates_RK, _ = self._graphed.backward(dy, x, slots, gates, kernel)
         else:
+            slots, gates = self._put(slots_RK, gates_RK)
             sums = self._optimizer.grads if accumulate else None
             dx_RD, dgates_RK = moe_ffn_backward(dy, x, slots, gates, self._compute, kernel, weight_grads=sums)
-        dx_RD, dgates_RK = dx_RD.to(x_RD), dgates_RK.to(gates_RK)
-        self._finish()
-        return dx_RD, dgates_RK
+        if accumulate:  # while the device works
+            self._summed_rows_E += self._rows_by_slot(slots_RK)
+        dgates_RK = self._fetched(dgates_RK, gates_RK)
+        return dx_RD.to(x_RD), dgates_RK
 
     def subtract(self, dy_RD: Tensor, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor) -> None:
         """Take a gradient that was added out of the sums, as it would be at the weights of now: exact up to rounding

@@ -118,7 +118,11 @@ class ExpertHost:
         return self._book.sizes
 
     def forward_many(self, calls: Sequence[ForwardCall]) -> list[ForwardAnswer | ExpertCallError | WireError]:
-        """One answer per call, in order; all of one layer, run in one dispatch. Of equal call ids one runs."""
+        """One answer per call, in order; all of one layer, run in one dispatch. Of equal call ids one runs.
+
+        Of rows that are on a GPU the answer's tensors are there when the GPU has done what it was given (as of
+        `backward_many`); of rows on the CPU now.
+        """
         answers: dict[int, ForwardAnswer | ExpertCallError | WireError] = {}
         parts: dict[bytes, Part] = {}
         twins: dict[int, Part] = {}
@@ -235,6 +239,8 @@ class ExpertHost:
         dx_RD, dgate_RK = bank.backward(
             grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, saved, accumulate=accumulate
         )
+        if len(parts) > 1 or merged.filled_RK is not None:
+            bank.finish()  # they are looked at here
         dgate_P = dgate_RK.reshape(-1) if merged.filled_RK is None else dgate_RK[merged.filled_RK]
         versions = bank.versions
         dx_by_part = split(dx_RD, [part.facts.n_rows for part in parts])

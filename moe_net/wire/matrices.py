@@ -1,5 +1,4 @@
-"""Where the matrices of a message become tensors, and tensors become bytes: on the CPU here, on a GPU in
-`kernels.device.matrices`.
+"""The matrices of messages where a server computes: fp32 on the CPU here, rows on a GPU in `kernels.device.matrices`.
 
 R rows, D columns.
 """
@@ -17,23 +16,50 @@ from moe_net.wire.validate import check_finite
 
 
 class Matrices(Protocol):
-    """One thread at a time may use it; `room` any."""
+    """From a message to the experts and back: `read`, `land`, (experts), `ship`, `finish`, `write`.
+
+    `land`, `ship` and `finish` belong to the thread that the experts run on, the others to any.
+    """
 
     def room(self, n_bytes: int) -> memoryview:
-        """Writable memory for a message that comes in pieces, from where `read` is fastest."""
+        """Writable memory for a message that comes in pieces, from where it is taken fastest."""
         ...
 
     def read(self, data: memoryview, rows: int, cols: int, encoding: Encoding, name: str) -> Tensor:
-        """[rows, cols] of `data`, which is as long as these say; WireError, naming `name`, unless all are finite."""
+        """[rows, cols] for `data`, which is as long as these say; WireError, naming `name`, unless all are finite.
+
+        Its values may be there only after `land`.
+        """
         ...
 
-    def write(self, x_RD: Tensor, encoding: Encoding) -> memoryview:
-        """The bytes of `x_RD`, complete when this returns."""
+    def land(self, x_RD: Tensor) -> Tensor:
+        """What `read` returned where the experts are."""
         ...
+
+    def ship(self, y_RD: Tensor, encoding: Encoding) -> Tensor:
+        """What the experts returned, for `write` after `finish`."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until all that was landed and shipped has arrived."""
+        ...
+
+    def write(self, y_RD: Tensor, encoding: Encoding) -> memoryview:
+        """The bytes of what was shipped."""
+        ...
+
+
+def is_large_part(data: memoryview) -> bool:
+    """Whether `data` is at least half of the memory that it keeps alive, so that it may; else it is to be copied out.
+
+    A field may come twice and unknown ones besides: 44 bytes that are kept could hold a message of 32 MiB. Only a
+    Backward with inputs, about half each, pays for this honestly: 7 ms for 8 MiB on a busy core.
+    """
+    return 2 * data.nbytes >= memoryview(data.obj).nbytes  # `obj` is what the view is of
 
 
 class OnCpu:
-    """fp32 on the CPU, by `wire.compress`; stateless, for any number of threads."""
+    """fp32 on the CPU, by `wire.compress`; nothing has to land or be shipped."""
 
     def room(self, n_bytes: int) -> memoryview:
         return np.empty(n_bytes, np.uint8).data
@@ -41,14 +67,20 @@ class OnCpu:
     def read(self, data: memoryview, rows: int, cols: int, encoding: Encoding, name: str) -> Tensor:
         x_RD = compress.decode(data, rows, cols, encoding)
         check_finite(x_RD, name)
-        # A field may come twice and unknown ones besides: 44 bytes that are kept could hold a message of 32 MiB. `obj`
-        # is what the view is of. Only a Backward with inputs, about half each, pays for this honestly: 7 ms for 8 MiB
-        # on a busy core.
-        holds_message = encoding is Encoding.FP32 and 2 * data.nbytes < memoryview(data.obj).nbytes
-        return x_RD.clone() if holds_message else x_RD
+        # Of fp32 these are the bytes themselves.
+        return x_RD if encoding is not Encoding.FP32 or is_large_part(data) else x_RD.clone()
 
-    def write(self, x_RD: Tensor, encoding: Encoding) -> memoryview:
-        return compress.encode(x_RD, encoding)
+    def land(self, x_RD: Tensor) -> Tensor:
+        return x_RD
+
+    def ship(self, y_RD: Tensor, encoding: Encoding) -> Tensor:
+        return y_RD
+
+    def finish(self) -> None:
+        pass
+
+    def write(self, y_RD: Tensor, encoding: Encoding) -> memoryview:
+        return compress.encode(y_RD, encoding)
 
 
 ON_CPU: Matrices = OnCpu()

@@ -20,13 +20,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
@@ -136,14 +138,14 @@ class ExpertServer:
         self._peer_id = peer_id
         self._limits = limits or Limits()
         self._layers = frozenset(expert.layer for expert in host.experts)
+        self._matrices = matrices_on(host.device, host.compute_dtype)
         self._device = DeviceThread()
         # One thread, so that reading large messages takes no more than one core from the experts.
         self._codec = DeviceThread("codec")
-        self._matrices = matrices_on(host.device, host.compute_dtype)
         self._batcher = Batcher(
             self._device,
-            forward_many=host.forward_many,
-            backward_many=host.backward_many,
+            forward_many=host.forward_many if self._matrices is ON_CPU else self._forward_many,
+            backward_many=host.backward_many if self._matrices is ON_CPU else self._backward_many,
             max_batch_rows=max_batch_rows,
             max_queue_rows=max_queue_rows,
             max_queue_bytes=max_queue_bytes,
@@ -185,6 +187,8 @@ class ExpertServer:
         except RuntimeError as error:
             raise ValueError(f"cannot listen on {listen}: {error}") from error
         await self._stack.enter_async_context(self._device)
+        if self._host.device.type == "cuda":  # Triton launches on its thread's current device
+            await self._device.run(torch.cuda.set_device, self._host.device)
         await self._stack.enter_async_context(self._codec)
         await self._stack.enter_async_context(self._batcher)
         await server.start()
@@ -319,9 +323,8 @@ class ExpertServer:
         await self.replicator.answer(requests, context.write, limit_s=context.time_remaining())
 
     async def _sized(self, n_bytes: int, work: Callable[[InT], OutT], value: InT) -> OutT:
-        """`work(value)`, here when small, on the codec's thread when it would hold up the loop or waits for a GPU."""
-        here = self._matrices is ON_CPU and n_bytes <= INLINE_BYTES
-        return work(value) if here else await self._codec.run(work, value)
+        """`work(value)`, here when small, on the codec's thread when it would hold up the loop."""
+        return work(value) if n_bytes <= INLINE_BYTES else await self._codec.run(work, value)
 
     def _read_forward(self, raw: bytes | memoryview) -> ForwardCall:
         call = codec.decode_forward_call(raw, self._limits, self._matrices)
@@ -333,6 +336,37 @@ class ExpertServer:
         if call.rows is not None:
             self._check_inputs(call.layer, call.rows)
         return call
+
+    def _forward_many(self, calls: Sequence[ForwardCall]) -> list[Any]:
+        matrices = self._matrices
+        landed = [replace(call, rows=_landed(call.rows, matrices)) for call in calls]
+        shipped = [
+            replace(answer, y_RD=matrices.ship(answer.y_RD, answer.encoding))
+            if isinstance(answer, ForwardAnswer)
+            else answer
+            for answer in self._host.forward_many(landed)
+        ]
+        matrices.finish()
+        return shipped
+
+    def _backward_many(self, calls: Sequence[BackwardCall]) -> list[Any]:
+        matrices = self._matrices
+        landed = [
+            replace(
+                call,
+                grad_RD=matrices.land(call.grad_RD),
+                rows=None if call.rows is None else _landed(call.rows, matrices),
+            )
+            for call in calls
+        ]
+        shipped = [
+            replace(answer, dx_RD=matrices.ship(answer.dx_RD, answer.encoding))
+            if isinstance(answer, BackwardAnswer)
+            else answer
+            for answer in self._host.backward_many(landed)
+        ]
+        matrices.finish()
+        return shipped
 
     def _check_inputs(self, layer: int, rows: RoutedRows) -> None:
         if layer not in self._layers:
@@ -392,6 +426,10 @@ class ExpertServer:
             yield server
         finally:
             await server.stop(grace_s=grace_s)
+
+
+def _landed(rows: RoutedRows, matrices: Matrices) -> RoutedRows:
+    return replace(rows, x_RD=matrices.land(rows.x_RD))
 
 
 def _pack(state: dict[str, Any], run: str, host: ExpertHost) -> tuple[bytes, bytes]:

@@ -44,7 +44,7 @@ async def serving_on_device() -> AsyncIterator[tuple[ExpertServer, Client, Exper
 
 
 def assert_close(got: Tensor, right: Tensor) -> None:
-    """bf16 keeps 8 bits, of x, of what lies between, and of the answer (and Triton's interpreter 7); int8 as many of the
+    """bf16 keeps 8 bits, of x, of what lies between, and of the answer (Triton's interpreter 7); int8 as many of the
     largest of a row."""
     assert got.shape == right.shape
     assert float((got - right).norm()) <= 0.03 * float(right.norm())
@@ -100,9 +100,7 @@ async def test_what_is_not_finite_is_refused_and_changes_nothing(encoding: Encod
     poisoned = replace(sound, rows=replace(sound.rows, x_RD=x_RD))
     async with serving_on_device() as (_, client, host):
         code, reason = await refused(client.stub.Forward(stock_forward(poisoned), timeout=60))
-        assert (code, reason.partition(" has ")[0]) == (
-            grpc.StatusCode.INVALID_ARGUMENT, "x: holds an infinity, NaN, or a value beyond what torch.bfloat16",
-        )  # fmt: skip
+        assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "x: holds an infinity or NaN")
         assert host.book_sizes.kept_calls == 0
         await client.stub.Forward(stock_forward(sound), timeout=60)
         back = replace(backward_call(sound), grad_RD=x_RD)

@@ -3,16 +3,18 @@
 
 R rows, D columns.
 
-It has a stream of its own, beside the one the experts run on: while they compute, the next call comes in and the last
-answer goes out. Both ends wait for their own copies only, so what `read` returns is there, and what `write` is given
-must be.
+Everything is one queue, the stream that the experts run on: while rows travel, the host looks up their call; while the
+experts run, it asks for their answer; it waits once, in `finish`. With streams of their own, and another thread that
+waits for them, a call of 2048 rows took 2 to 3 times as long as its experts: threads of Python wait for each other at
+each launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,77 +22,115 @@ from moe_net.errors import WireError
 from moe_net.kernels.device import wire
 from moe_net.types import Encoding
 from moe_net.wire import compress
+from moe_net.wire.matrices import is_large_part
+from moe_net.wire.validate import check_finite
 
 _DTYPES = {Encoding.FP32: torch.float32, Encoding.BF16: torch.bfloat16, Encoding.FP16: torch.float16}
-_LARGEST = {Encoding.FP32: 0.0, Encoding.BF16: compress.BF16_MAX, Encoding.FP16: compress.FP16_MAX}
+
+
+@dataclass(slots=True, eq=False)
+class _Payload:
+    """The bytes of a matrix, on the host."""
+
+    data: memoryview
+    encoding: Encoding
+    source: Tensor | None = None
+    """On the device, of what was shipped."""
+
+
+def _promise(rows: int, cols: int, payload: _Payload) -> Tensor:
+    """A matrix without values, that says its sizes, and behind it the bytes. Counts as fp32, the most they can be."""
+    promised_RD = torch.empty((rows, cols), device="meta")
+    promised_RD.payload = payload  # pyright: ignore[reportAttributeAccessIssue]
+    return promised_RD
+
+
+def _payload_of(promised_RD: Tensor) -> _Payload:
+    return cast(_Payload, promised_RD.payload)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _parts(there_N: Tensor, n_values: int) -> tuple[Tensor, Tensor]:
+    """(q, scales) of an int8 matrix; `n_values` is a multiple of 4."""
+    return there_N[:n_values].view(torch.int8), there_N[n_values:].view(torch.float32)
 
 
 class OnDevice:
-    """Rows in `dtype` on `device`; on a CPU, by Triton's interpreter, the same without streams and pinned memory."""
+    """Rows in `dtype` on `device`; on a CPU, by Triton's interpreter, the same without pinned memory."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._on_gpu = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._on_gpu else None
-        self._bad = torch.zeros(1, dtype=torch.int32, device=device)
-        self._said_bad = torch.zeros(1, dtype=torch.int32, pin_memory=self._on_gpu)
-
-    @contextmanager
-    def _working(self) -> Generator[None]:
-        """On our stream; what was begun within is done at the end."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-            self._stream.synchronize()
 
     def room(self, n_bytes: int) -> memoryview:
-        # torch keeps a pool of pinned memory (a fresh 128 MiB takes 55 ms): sizes rounded up to powers of 2.
         return compress.memory_of(self._pinned(n_bytes))
 
     def _pinned(self, n_bytes: int) -> Tensor:
+        # torch keeps a pool of pinned memory (a fresh 128 MiB takes 55 ms): sizes rounded up to powers of 2.
         return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
 
-    def _bring(self, data: memoryview, dtype: torch.dtype) -> Tensor:
-        """The values of `data` on the device. Where they lie in pinned memory, the host goes on at once."""
-        there = torch.empty(data.nbytes, dtype=torch.uint8, device=self._device)
-        there.copy_(compress.tensor_view(data, torch.uint8), non_blocking=True)
-        return there.view(dtype)
-
     def read(self, data: memoryview, rows: int, cols: int, encoding: Encoding, name: str) -> Tensor:
-        """As `Matrices.read`; finite in `dtype`: a value that it has no number for is refused, for the experts would
-        compute with an infinity."""
-        with self._working():
-            x_RD = torch.empty((rows, cols), dtype=self._dtype, device=self._device)
-            self._bad.zero_()
-            if encoding is Encoding.INT8:
-                n_values = rows * cols
-                q_N, scale_N = self._bring(data[:n_values], torch.int8), self._bring(data[n_values:], torch.float32)
-                wire.dequantise(q_N, scale_N, x_RD, self._bad)
-            else:
-                wire.cast(self._bring(data, _DTYPES[encoding]), x_RD, self._bad)
-            self._said_bad.copy_(self._bad, non_blocking=True)
-        if self._said_bad.item():
-            raise WireError(f"{name}: holds an infinity, NaN, or a value beyond what {self._dtype} has here")
-        if self._stream is not None:
-            # Made on our stream, used and let go on the experts'.
-            x_RD.record_stream(torch.cuda.default_stream(self._device))
-        return x_RD
+        """As `Matrices.read`; looked at where it is, in the host's memory."""
+        if encoding is Encoding.INT8:
+            # With finite scales a product is finite, or `dequantise` makes it so.
+            if not np.isfinite(np.frombuffer(data, np.float32, offset=rows * cols)).all():
+                raise WireError(f"{name}: holds an infinity or NaN")
+        else:
+            check_finite(compress.tensor_view(data, _DTYPES[encoding]), name)
+        return _promise(rows, cols, _Payload(self._kept(data), encoding))
 
-    def write(self, x_RD: Tensor, encoding: Encoding) -> memoryview:
-        """As `Matrices.write`, of rows that their own stream is done with; the bytes lie in pinned memory."""
-        n_bytes = compress.payload_bytes(x_RD.shape[0], x_RD.shape[1], encoding)
-        out = self._pinned(n_bytes)
-        with self._working():
-            x_RD = x_RD.detach().contiguous()
-            there = torch.empty(n_bytes, dtype=torch.uint8, device=self._device)
-            if encoding is Encoding.INT8:
-                n_values = x_RD.numel()
-                scale_N = torch.empty((n_bytes - n_values) // 4, device=self._device)
-                wire.quantise(x_RD, there[:n_values].view(torch.int8), scale_N)
-                there[n_values:].copy_(scale_N.view(torch.uint8))
-            else:
-                wire.cast(x_RD, there.view(_DTYPES[encoding]), self._bad, largest=_LARGEST[encoding])
-            out.copy_(there, non_blocking=True)
-        return compress.memory_of(out)
+    def _kept(self, data: memoryview) -> memoryview:
+        """`data` in pinned memory: a message that came in one piece lies elsewhere, and the thread that the experts run
+        on would have to wait for its copy."""
+        values = compress.tensor_view(data, torch.uint8)
+        if is_large_part(data) and (values.is_pinned() or not self._on_gpu):
+            return data
+        return compress.memory_of(self._pinned(data.nbytes).copy_(values))
+
+    def _bring(self, data: memoryview) -> Tensor:
+        """`data` as bytes on the device. (A kernel that reads them from here takes twice as long as a copy engine.)"""
+        there = torch.empty(data.nbytes, dtype=torch.uint8, device=self._device)
+        return there.copy_(compress.tensor_view(data, torch.uint8), non_blocking=True)
+
+    def land(self, x_RD: Tensor) -> Tensor:
+        """`dtype` on the device; the bytes of `x_RD` are needed until `finish`."""
+        payload = _payload_of(x_RD)
+        # First, so that the host does the rest while they travel.
+        there_N, n_values = self._bring(payload.data), x_RD.numel()
+        landed_RD = torch.empty(x_RD.shape, dtype=self._dtype, device=self._device)
+        if payload.encoding is not Encoding.INT8:
+            wire.cast(there_N.view(_DTYPES[payload.encoding]), landed_RD)
+        elif n_values % 4 == 0:
+            wire.dequantise(*_parts(there_N, n_values), landed_RD)
+        else:  # there a kernel cannot read fp32
+            scale_N = there_N[n_values:].clone().view(torch.float32)
+            wire.dequantise(there_N[:n_values].view(torch.int8), scale_N, landed_RD)
+        return landed_RD
+
+    def ship(self, y_RD: Tensor, encoding: Encoding) -> Tensor:
+        """Into pinned memory."""
+        rows, cols = y_RD.shape
+        n_values, n_bytes = rows * cols, compress.payload_bytes(rows, cols, encoding)
+        y_RD = y_RD.contiguous()
+        there = torch.empty(n_bytes, dtype=torch.uint8, device=self._device)
+        if encoding is not Encoding.INT8:
+            wire.cast(y_RD, there.view(_DTYPES[encoding]))
+        elif n_values % 4 == 0:
+            wire.quantise(y_RD, *_parts(there, n_values))
+        else:
+            scale_N = torch.empty((n_bytes - n_values) // 4, device=self._device)
+            wire.quantise(y_RD, there[:n_values].view(torch.int8), scale_N)
+            there[n_values:].copy_(scale_N.view(torch.uint8))
+        out = self._pinned(n_bytes).copy_(there, non_blocking=True)
+        return _promise(rows, cols, _Payload(compress.memory_of(out), encoding, y_RD))
+
+    def finish(self) -> None:
+        if self._on_gpu:
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def write(self, y_RD: Tensor, encoding: Encoding) -> memoryview:
+        """As `Matrices.write`; in another encoding than it was shipped in, by the CPU."""
+        payload = _payload_of(y_RD)
+        if payload.encoding is encoding:
+            return payload.data
+        assert payload.source is not None, "only what was shipped is written"
+        return compress.encode(payload.source.to("cpu", torch.float32), encoding)

@@ -265,7 +265,18 @@ class ExpertBank:
         `clock`: as replicas have it with this step. Who joined later has not heard of all commits, and never will.
         """
         self._clock = max(self._clock, min(clock, max(self._optimizer.versions) + 1))
-        parts_of = {self._slot_of[index]: parts for index, parts in (shares or {}).items()}
+        made = False
+        try:
+            self._step_on(closed, {self._slot_of[index]: parts for index, parts in (shares or {}).items()})
+            made = True
+        finally:
+            if not made:  # the batch is over: what its sums hold is no part of the next one
+                for grad in closed.grads:
+                    grad.zero_()
+            self._weights_changed()
+
+    def _step_on(self, closed: ClosedSums, parts_of: Mapping[int, Mapping[int, ExpertShare]]) -> None:
+        """With the parts of replicas by slot."""
         for slot, parts in parts_of.items():
             self._add_shares(closed, slot, parts)
         # Those that a replica has brought to this step already have nothing to make up for.
@@ -284,7 +295,6 @@ class ExpertBank:
                 if lineage.rows_of(origin) == share.rows_before:
                     lineage = lineage.plus(origin, share.rows, version)
             self._lineages[slot] = lineage
-        self._weights_changed()
 
     def _add_shares(self, closed: ClosedSums, slot: int, parts: Mapping[int, ExpertShare]) -> None:
         """In the order of origins, ours among them: addition of floats is not associative."""

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -306,16 +307,28 @@ class ExpertHost:
         return Share(origin=self.origin, clock=clock, experts=experts)
 
     def finish_commit(self, closed: Closed, shares: Sequence[Share] = ()) -> None:
-        """The step, on our sums and on what replicas add to them; `shares` of no experts but those hosted here."""
+        """The step, on our sums and on what replicas add to them; `shares` of no experts but those hosted here.
+
+        Raises what a layer's step raises, once every layer has had its turn: the step is over in any case.
+        """
         # Of two that claim the same origin, one lies, or is ourselves.
         parts = {share.origin: share.experts for share in shares if share.origin != self.origin}
-        for layer, sums in closed.sums.items():
-            by_index: dict[int, dict[int, ExpertShare]] = {}
-            for origin, experts in parts.items():
-                for expert, share in experts.items():
-                    if expert.layer == layer:
-                        by_index.setdefault(expert.index, {})[origin] = share
-            self._banks[layer].step(sums, by_index, clock=max((share.clock for share in shares), default=0))
+        clock = max((share.clock for share in shares), default=0)
+        with ExitStack() as steps:
+            for layer, sums in reversed(list(closed.sums.items())):
+                steps.callback(self._finish_layer, layer, sums, parts, clock)
+
+    def _finish_layer(
+        self, layer: int, sums: ClosedSums, parts: Mapping[int, Mapping[ExpertId, ExpertShare]], clock: int
+    ) -> None:
+        by_index: dict[int, dict[int, ExpertShare]] = {}
+        for origin, experts in parts.items():
+            for expert, share in experts.items():
+                if expert.layer == layer:
+                    by_index.setdefault(expert.index, {})[origin] = share
+        try:
+            self._banks[layer].step(sums, by_index, clock=clock)
+        finally:
             self._open.discard(layer)
             if sums.detached:
                 self._journal.weights_changed(layer, self._book.last_committed_step)

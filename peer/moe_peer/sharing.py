@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any, Protocol
@@ -131,9 +132,11 @@ class Sharing:
         answer, closed = self._host.begin_commit(call, detach=bool(shared))
         if closed is None:
             return answer, None, None
-        share = self._host.share(closed, shared)
-        if not shared:
-            self._host.finish_commit(closed)
+        with ExitStack() as alone:  # also when there is no share to be had: a step that has begun must end
+            alone.callback(self._host.finish_commit, closed)
+            share = self._host.share(closed, shared)
+            if shared:
+                alone.pop_all()
         return answer, closed, share
 
     def _replicas(self) -> Sequence[PeerInfo]:

@@ -170,6 +170,30 @@ async def test_our_own_step_is_made_whatever_a_partner_sends() -> None:
     assert_equal(mine, alone)
 
 
+def fails(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("what", ["step", "shares"])
+async def test_a_step_that_fails_is_over_like_any_other(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stayed in the middle for ever: no replica's state was taken over any more."""
+    swarm = Swarm()
+    mine, other = swarm.add("a"), swarm.add("b")
+    bank = mine._banks[0]
+    backward(mine, 0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(bank._optimizer if what == "step" else bank, what, fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await swarm.commit("a")
+    assert not any(grad.any() for grad in bank._optimizer.grads), "of a batch that is over"
+    assert set(mine.versions[1].values()) == {1}, "the other layer's step is made"
+    for layer in (0, 1):
+        mine.replace_state(layer, other.fetch(layer, (), with_sums=False))
+    backward(mine, 1, 2)
+    assert (await swarm.commit("a"))[0].stepped
+    assert set(mine.versions[0].values()) == {1}, "of the state that it has taken over"
+
+
 async def test_commits_without_tokens_leave_nothing_behind_and_do_not_part_replicas() -> None:
     swarm = Swarm()
     swarm.add("a")

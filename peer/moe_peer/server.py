@@ -21,7 +21,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -211,7 +211,7 @@ class ExpertServer:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             name: grpc.unary_unary_rpc_method_handler(self._answering(name, method)) for name, method in unary.items()
         }
-        in_pieces: dict[str, Callable[[memoryview, Context], Awaitable[Parts]]] = {
+        in_pieces: dict[str, Callable[[memoryview, Context, ExitStack], Awaitable[Parts]]] = {
             "ForwardInPieces": partial(self._forward, write=codec.forward_answer_parts),
             "BackwardInPieces": partial(self._backward, write=codec.backward_answer_parts),
         }
@@ -224,42 +224,53 @@ class ExpertServer:
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def _forward(
-        self, raw: bytes | memoryview, context: Context, *, write: Callable[[ForwardAnswer], OutT]
+        self,
+        raw: bytes | memoryview,
+        context: Context,
+        room: ExitStack | None = None,
+        *,
+        write: Callable[[ForwardAnswer], OutT],
     ) -> OutT:
-        with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
+        """`room`: what holds the message's already, until it is read."""
+        with room or self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
             call = await self._sized(len(raw), self._read_forward, raw)
         answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
         return await self._sized(answer.y_RD.nbytes, write, answer)
 
     async def _backward(
-        self, raw: bytes | memoryview, context: Context, *, write: Callable[[BackwardAnswer], OutT]
+        self,
+        raw: bytes | memoryview,
+        context: Context,
+        room: ExitStack | None = None,
+        *,
+        write: Callable[[BackwardAnswer], OutT],
     ) -> OutT:
-        with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
+        """As `_forward`."""
+        with room or self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
             call = await self._sized(len(raw), self._read_backward, raw)
         answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
         return await self._sized(answer.dx_RD.nbytes, write, answer)
 
     async def _in_pieces(
-        self, method: Callable[[memoryview, Context], Awaitable[Parts]], _requests: AsyncIterator[bytes],
+        self, method: Callable[[memoryview, Context, ExitStack], Awaitable[Parts]], _requests: AsyncIterator[bytes],
         context: Context,
     ) -> None:  # fmt: skip
-        """`method` for a message that comes, and whose answer goes, in pieces.
-
-        Until it is whole it is counted by gRPC's limit of calls alone, as one that comes in one piece.
-        """
-
-        def admit(n_bytes: int) -> None:  # now, not when its bytes have been sent in vain
-            self._batcher.check_room(n_bytes, timeout_s=context.time_remaining())
-
-        reader = PieceReader(self._limits, admit)
+        """`method` for a message that comes, and whose answer goes, in pieces. All that will come has its room from
+        the first piece on: callers that are let in one by one may not be too many together."""
         # Each way: piece by piece just in time it could take hours, and the place of a call with it.
         limit_s = self._chunk_timeout_s + self._limits.max_message_bytes / MIN_FETCH_BYTES_PER_S
-        async with asyncio.timeout(limit_s):
-            while raw := await self._in_time(context.read()):  # empty: grpc.aio.EOF
-                reader.feed(raw)
-        whole = reader.finish()
-        del reader
-        answer = await method(whole, context)
+        with ExitStack() as room:
+
+            def admit(n_bytes: int) -> None:  # now, not when its bytes have been sent in vain
+                room.enter_context(self._batcher.reserving(n_bytes, timeout_s=context.time_remaining()))
+
+            reader = PieceReader(self._limits, admit)
+            async with asyncio.timeout(limit_s):
+                while raw := await self._in_time(context.read()):  # empty: grpc.aio.EOF
+                    reader.feed(raw)
+            whole = reader.finish()
+            del reader
+            answer = await method(whole, context, room)
         del whole
         async with asyncio.timeout(limit_s):
             for piece in cut(answer):

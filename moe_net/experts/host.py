@@ -344,6 +344,8 @@ class ExpertHost:
                     bank.backward(*self._merged_again(together), None)
             for entry in plan.subtract:
                 bank.subtract(*self._merged_again([entry]))
+            for entry in plan.make_up:
+                bank.make_up(*self._merged_again([entry]))
         if void:
             log.info(
                 "took %d calls of %r out again, which went to other replicas; %d more are gone",

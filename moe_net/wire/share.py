@@ -33,7 +33,7 @@ class ExpertShare:
     """Of one expert."""
 
     rows: int
-    """That the sums are of."""
+    """That the sums are of; 0: they make up for gradients of an earlier step, which should not have been in it."""
     rows_before: int
     """That its origin had stepped on before."""
     g_in: Tensor
@@ -94,8 +94,8 @@ def _expert_share(state: Mapping[str, Tensor], name: str, shape: ExpertShape) ->
         if field != "rows" and not float(torch.linalg.vector_norm(value)) <= MAX_NORM:
             raise CheckpointError(f"{name}.{field} has a norm over {MAX_NORM:g}, or none")
     rows, before = state[f"{name}.rows"].tolist()
-    if not (0 < rows <= MAX_COUNT and 0 <= before <= MAX_COUNT):
-        raise CheckpointError(f"{name}.rows is {rows} after {before}, must be 1..{MAX_COUNT} and 0..{MAX_COUNT}")
+    if not (0 <= rows <= MAX_COUNT and 0 <= before <= MAX_COUNT):
+        raise CheckpointError(f"{name}.rows is {rows} after {before}, must be 0..{MAX_COUNT} each")
     return ExpertShare(rows=rows, rows_before=before, g_in=state[f"{name}.g_in"], g_out=state[f"{name}.g_out"])
 
 

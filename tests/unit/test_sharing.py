@@ -275,6 +275,27 @@ async def test_a_voided_gradient_is_in_nobodys_step() -> None:
     assert_close(a, one)
 
 
+async def test_what_is_taken_out_after_its_step_is_taken_out_of_all_replicas_and_is_of_no_rows() -> None:
+    swarm, one = Swarm(), ExpertHost(make_banks(RUN, ALL, origin=99))
+    a, b = swarm.add("a"), swarm.add("b")
+    backward(b, 0, 3, trainer="u")
+    backward(one, 0, 3, trainer="u")
+    void = backward(a, 0, 4)
+    backward(one, 0, 4)
+    other = CommitCall(trainer="u", step=0, tokens=RUN.global_batch_tokens)
+    await asyncio.gather(*(peer.sharing.commit(other) for peer in swarm.peers.values()))
+    one.commit(other)
+    lineages = a._banks[0].lineages
+    answers = await swarm.commit("a", "b", void={"a": (void,)})
+    assert [answer.voided for answer in answers] == [1, 0]
+    before = one.fetch(0, (0,))["0.0.w_in"]
+    one.commit(CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens, void=(void,)))
+    assert not torch.equal(one.fetch(0, (0,))["0.0.w_in"], before)
+    assert_equal(a, b)
+    assert_close(a, one)
+    assert a._banks[0].lineages == lineages
+
+
 async def test_what_comes_while_replicas_are_asked_belongs_to_the_next_step_and_can_be_voided() -> None:
     swarm = Swarm()
     a, b = swarm.add("a"), swarm.add("b")
@@ -430,7 +451,7 @@ def share_state() -> dict[str, Tensor]:
         ({"origin": torch.tensor(0)}, "origin"),
         ({"origin": torch.tensor([5])}, "origin"),
         ({"clock": torch.tensor(-1)}, "clock"),
-        ({"0.1.rows": torch.tensor([0, 0])}, "rows is 0"),
+        ({"0.1.rows": torch.tensor([-1, 0])}, "rows is -1"),
         ({"0.1.rows": torch.tensor([1, -1])}, "after -1"),
         ({"0.1.rows": torch.tensor([1, 2**60])}, "must be"),
         ({"0.1.rows": torch.tensor(1)}, "rows is missing, or not"),

@@ -537,8 +537,8 @@ Global___LayerExperts: _TypeAlias = LayerExperts  # noqa: Y015
 @_typing.final
 class ShareRequest(_message.Message):
     """The answer's chunks, joined, are one safetensors file: int64 `origin` (see lineage) and `clock` (steps of the run, with
-    this one), and of each expert that had rows `{layer}.{index}.rows`, int64 [2] (of this step, and the origin's before
-    it), and the sums `g_in` and `g_out`.
+    this one), and of each expert that has sums `{layer}.{index}.rows`, int64 [2] (of this step, and the origin's before
+    it), and the sums `g_in` and `g_out`. Of 0 rows are those that only make up for a gradient voided after its step.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -129,7 +129,7 @@ class ExpertBank:
         self._summed_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
         self._stepped_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
         self._made_up_E = torch.zeros(len(self.indices), dtype=torch.bool)  # see `make_up`
-        self._lineages = [Lineage()] * len(self.indices)
+        self._lineages = [Lineage(own=origin)] * len(self.indices)
 
     @property
     def device(self) -> torch.device:
@@ -397,7 +397,7 @@ class ExpertBank:
             for field, stack in stacks.items():
                 stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
             self._optimizer.versions[slot] = int(state[f"{self.layer}.{index}.version"])
-            said = Lineage.from_tensor(state.get(f"{self.layer}.{index}.{LINEAGE_FIELD}"))
+            said = Lineage.from_tensor(state.get(f"{self.layer}.{index}.{LINEAGE_FIELD}"), own=self.origin)
             self._lineages[slot] = said.capped(self.origin, int(self._stepped_rows_E[slot])) if self.origin else said
         self._weights_changed()
         return loaded

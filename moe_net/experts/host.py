@@ -333,6 +333,12 @@ class ExpertHost:
             if sums.detached:
                 self._journal.weights_changed(layer, self._book.last_committed_step)
 
+    def continue_at(self, committed_tokens: int) -> None:
+        """Between two steps: in every layer as many tokens are committed towards the next one as a replica says, whose
+        steps end at other commits. It may not say that a step is due."""
+        for bank in self._banks.values():
+            bank.committed_tokens = min(committed_tokens, bank.global_batch_tokens - 1)
+
     def _take_out(self, void: Sequence[tuple[bytes, CallFacts]]) -> int:
         """Make the gradient sums what they would be without these calls; how many could not be taken out."""
         undo, n_gone = self._journal.void(void)

@@ -21,6 +21,7 @@ from moe_net.wire import codec
 from moe_net.wire.matrices import Matrices
 from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
 from moe_net.wire.validate import Limits
+from moe_peer.landing import LandedCalls
 from moe_peer.server import ExpertServer
 
 
@@ -121,13 +122,14 @@ def one_by_one(task: Task) -> Step:
     the call up, dispatch, remember, write."""
     server = _server(task)
     matrices, limits, device = server._matrices, Limits(), task.x_TD.device
+    experts = LandedCalls(server._host, matrices)
     calls = _Calls(task, matrices, "one")
 
     def step() -> tuple[torch.Tensor | None, ...]:
         forward, backward = calls.next()
-        answer = server._forward_many([codec.decode_forward_call(forward, limits, matrices)])[0]
+        answer = experts.forward_many([codec.decode_forward_call(forward, limits, matrices)])[0]
         codec.forward_answer_parts(answer, matrices)
-        back = server._backward_many([codec.decode_backward_call(backward, limits, matrices)])[0]
+        back = experts.backward_many([codec.decode_backward_call(backward, limits, matrices)])[0]
         codec.backward_answer_parts(back, matrices)
         dgates_TK = back.gate_grad_P.view(task.gates_TK.shape).to(device)
         return answer.y_RD.payload.source, back.dx_RD.payload.source, dgates_TK, None, None

@@ -49,6 +49,8 @@ class ClosedSums:
     grads: WeightGrads
     rows_E: tuple[int, ...]
     """Pairs that they are of."""
+    filled_E: tuple[bool, ...]
+    """Whether they hold anything: also what was taken out of a step that is over, which is of no rows."""
     tokens: int
     detached: bool
     """Whether the bank sums up in others meanwhile."""
@@ -128,7 +130,8 @@ class ExpertBank:
         # Pairs (row, expert) whose gradients are in the sums, and that were ever stepped on here.
         self._summed_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
         self._stepped_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
-        self._lineages = [Lineage()] * len(self.indices)
+        self._made_up_E = torch.zeros(len(self.indices), dtype=torch.bool)  # see `make_up`
+        self._lineages = [Lineage(own=origin)] * len(self.indices)
 
     @property
     def device(self) -> torch.device:
@@ -234,12 +237,19 @@ class ExpertBank:
         (of the sum, and of what was added since) if these have not changed."""
         self.backward(-dy_RD, x_RD, slots_RK, gates_RK, None)
         self._summed_rows_E -= 2 * self._rows_by_slot(slots_RK)
-        self._summed_rows_E.clamp_(min=0)  # added before the last step, and counted in that
+
+    def make_up(self, dy_RD: Tensor, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor) -> None:
+        """As `subtract`, for a gradient of a step that is over: its rows were counted then, and stay so."""
+        rows_E = self._rows_by_slot(slots_RK)
+        self.backward(-dy_RD, x_RD, slots_RK, gates_RK, None)
+        self._summed_rows_E -= rows_E
+        self._made_up_E |= rows_E > 0
 
     def clear_grads(self) -> None:
         """The gradient sums start again at zero."""
         self._optimizer.zero_grads()
         self._summed_rows_E.zero_()
+        self._made_up_E.zero_()
 
     def _rows_by_slot(self, slots_RK: Tensor) -> Tensor:
         return torch.bincount(slots_RK.reshape(-1) + 1, minlength=len(self.indices) + 1)[1:].cpu()
@@ -262,22 +272,25 @@ class ExpertBank:
         closed = ClosedSums(
             grads=self._optimizer.detach_grads() if detach else self._optimizer.grads,
             rows_E=tuple(self._summed_rows_E.tolist()),
+            filled_E=tuple(((self._summed_rows_E > 0) | self._made_up_E).tolist()),
             tokens=self.committed_tokens,
             detached=detach,
         )
         self._clock += 1
         self._summed_rows_E.zero_()
+        self._made_up_E.zero_()
         self.committed_tokens = 0
         return closed
 
     def shares(self, closed: ClosedSums, indices: Collection[int]) -> dict[int, ExpertShare]:
         """Copies of those of the closed sums that hold anything, for replicas; on the CPU."""
         shares: dict[int, ExpertShare] = {}
-        for slot, rows in enumerate(closed.rows_E):
+        for slot, filled in enumerate(closed.filled_E):
             g_in, g_out = (grad[slot] for grad in closed.grads)
-            if rows and self.indices[slot] in indices and bool(g_in.isfinite().all()) and bool(g_out.isfinite().all()):
+            wanted = filled and self.indices[slot] in indices
+            if wanted and bool(g_in.isfinite().all()) and bool(g_out.isfinite().all()):
                 shares[self.indices[slot]] = ExpertShare(
-                    rows=rows,
+                    rows=closed.rows_E[slot],
                     rows_before=int(self._stepped_rows_E[slot]),
                     g_in=_copy(g_in),
                     g_out=_copy(g_out),
@@ -293,14 +306,25 @@ class ExpertBank:
         `clock`: as replicas have it with this step. Who joined later has not heard of all commits, and never will.
         """
         self._clock = max(self._clock, min(clock, max(self._optimizer.versions) + 1))
-        parts_of = {self._slot_of[index]: parts for index, parts in (shares or {}).items()}
+        made = False
+        try:
+            self._step_on(closed, {self._slot_of[index]: parts for index, parts in (shares or {}).items()})
+            made = True
+        finally:
+            if not made:  # the batch is over: what its sums hold is no part of the next one
+                for grad in closed.grads:
+                    grad.zero_()
+            self._weights_changed()
+
+    def _step_on(self, closed: ClosedSums, parts_of: Mapping[int, Mapping[int, ExpertShare]]) -> None:
+        """With the parts of replicas by slot."""
         for slot, parts in parts_of.items():
             self._add_shares(closed, slot, parts)
         # Those that a replica has brought to this step already have nothing to make up for.
         still = {
             slot
             for slot, version in enumerate(self._optimizer.versions)
-            if version >= self._clock and not closed.rows_E[slot] and not parts_of.get(slot)
+            if version >= self._clock and not closed.filled_E[slot] and not parts_of.get(slot)
         }
         # Not of an expert whose sum was not finite: it has learned nothing from those rows.
         for slot in self._optimizer.step(closed.tokens, closed.grads, still=still, latest=self._clock):
@@ -312,13 +336,12 @@ class ExpertBank:
                 if lineage.rows_of(origin) == share.rows_before:
                     lineage = lineage.plus(origin, share.rows, version)
             self._lineages[slot] = lineage
-        self._weights_changed()
 
     def _add_shares(self, closed: ClosedSums, slot: int, parts: Mapping[int, ExpertShare]) -> None:
         """In the order of origins, ours among them: addition of floats is not associative."""
         for which, own in enumerate(closed.grads):
             terms = {origin: (share.g_in, share.g_out)[which] for origin, share in parts.items()}
-            if closed.rows_E[slot]:
+            if closed.filled_E[slot]:
                 terms[self.origin] = own[slot].clone()
             own[slot].zero_()
             for _, term in sorted(terms.items(), key=lambda one: one[0]):
@@ -387,6 +410,7 @@ class ExpertBank:
                 else:
                     stack[slot].zero_()
             self._summed_rows_E[slot] = 0
+            self._made_up_E[slot] = False
 
     def replace_state(self, state: Mapping[str, Tensor]) -> None:
         """Put the experts in `state` in the place of theirs while they learn: gradient sums and committed tokens stay.
@@ -401,7 +425,7 @@ class ExpertBank:
             for field, stack in stacks.items():
                 stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
             self._optimizer.versions[slot] = int(state[f"{self.layer}.{index}.version"])
-            said = Lineage.from_tensor(state.get(f"{self.layer}.{index}.{LINEAGE_FIELD}"))
+            said = Lineage.from_tensor(state.get(f"{self.layer}.{index}.{LINEAGE_FIELD}"), own=self.origin)
             self._lineages[slot] = said.capped(self.origin, int(self._stepped_rows_E[slot])) if self.origin else said
         self._weights_changed()
         return loaded

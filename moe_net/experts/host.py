@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from moe_net.errors import BusyError, ExpertCallError, UnknownExpertError, WireError
 from moe_net.experts.bank import BankSaved, ClosedSums, ExpertBank
 from moe_net.experts.callbook import BookSizes, CallBook, CallFacts
+from moe_net.experts.checks import backward_facts, check_shapes, check_twin, forward_facts, some
 from moe_net.experts.journal import Entry, Journal
 from moe_net.experts.merging import Part, merge, split
 from moe_net.types import ExpertId, ExpertShape
@@ -129,12 +131,12 @@ class ExpertHost:
         for position, call in enumerate(calls):
             try:
                 assert call.layer == calls[0].layer, "calls of several layers cannot be merged"
-                facts = _forward_facts(call)
+                facts = forward_facts(call)
                 self._book.check_forward(call.call_id, facts)
                 part = self._part(position, facts, call.rows)
                 twin = parts.setdefault(call.call_id, part)
                 if twin is not part:
-                    _check_twin(call.call_id, facts, twin.facts)
+                    check_twin(call.call_id, facts, twin.facts)
                     twins[position] = twin
             except (ExpertCallError, WireError) as error:
                 answers[position] = error
@@ -187,10 +189,10 @@ class ExpertHost:
             try:
                 assert call.layer == calls[0].layer, "calls of several layers cannot be merged"
                 self._bank(call.layer)
-                facts = self._backward_facts(call)
+                facts = backward_facts(call, self.shape.d_model)
                 twin = parts.get(call.call_id)
                 if twin is not None:
-                    _check_twin(call.call_id, facts, twin.facts)
+                    check_twin(call.call_id, facts, twin.facts)
                     twins[position] = twin
                     continue
                 plan = self._book.plan_backward(call.call_id, facts, call.rows)
@@ -321,19 +323,37 @@ class ExpertHost:
         return Share(origin=self.origin, clock=clock, experts=experts)
 
     def finish_commit(self, closed: Closed, shares: Sequence[Share] = ()) -> None:
-        """The step, on our sums and on what replicas add to them; `shares` of no experts but those hosted here."""
+        """The step, on our sums and on what replicas add to them; `shares` of no experts but those hosted here.
+
+        Raises what a layer's step raises, once every layer has had its turn: the step is over in any case.
+        """
         # Of two that claim the same origin, one lies, or is ourselves.
         parts = {share.origin: share.experts for share in shares if share.origin != self.origin}
-        for layer, sums in closed.sums.items():
-            by_index: dict[int, dict[int, ExpertShare]] = {}
-            for origin, experts in parts.items():
-                for expert, share in experts.items():
-                    if expert.layer == layer:
-                        by_index.setdefault(expert.index, {})[origin] = share
-            self._banks[layer].step(sums, by_index, clock=max((share.clock for share in shares), default=0))
+        clock = max((share.clock for share in shares), default=0)
+        with ExitStack() as steps:
+            for layer, sums in reversed(list(closed.sums.items())):
+                steps.callback(self._finish_layer, layer, sums, parts, clock)
+
+    def _finish_layer(
+        self, layer: int, sums: ClosedSums, parts: Mapping[int, Mapping[ExpertId, ExpertShare]], clock: int
+    ) -> None:
+        by_index: dict[int, dict[int, ExpertShare]] = {}
+        for origin, experts in parts.items():
+            for expert, share in experts.items():
+                if expert.layer == layer:
+                    by_index.setdefault(expert.index, {})[origin] = share
+        try:
+            self._banks[layer].step(sums, by_index, clock=clock)
+        finally:
             self._open.discard(layer)
             if sums.detached:
                 self._journal.weights_changed(layer, self._book.last_committed_step)
+
+    def continue_at(self, committed_tokens: int) -> None:
+        """Between two steps: in every layer as many tokens are committed towards the next one as a replica says, whose
+        steps end at other commits. It may not say that a step is due."""
+        for bank in self._banks.values():
+            bank.committed_tokens = min(committed_tokens, bank.global_batch_tokens - 1)
 
     def _take_out(self, void: Sequence[tuple[bytes, CallFacts]]) -> int:
         """Make the gradient sums what they would be without these calls; how many could not be taken out."""
@@ -346,6 +366,8 @@ class ExpertHost:
                     bank.backward(*self._merged_again(together), None)
             for entry in plan.subtract:
                 bank.subtract(*self._merged_again([entry]))
+            for entry in plan.make_up:
+                bank.make_up(*self._merged_again([entry]))
         if void:
             log.info(
                 "took %d calls of %r out again, which went to other replicas; %d more are gone",
@@ -402,18 +424,18 @@ class ExpertHost:
         """UnknownExpertError when one of them is not; any thread may ask."""
         unknown = sorted(set(indices) - set(self._bank(layer).indices))
         if unknown:
-            raise UnknownExpertError(f"experts {_some(unknown)} of layer {layer} are not hosted here")
+            raise UnknownExpertError(f"experts {some(unknown)} of layer {layer} are not hosted here")
 
     def _bank(self, layer: int) -> ExpertBank:
         bank = self._banks.get(layer)
         if bank is None:
-            raise UnknownExpertError(f"layer {layer} is not hosted here; layers {_some(self._banks)} are")
+            raise UnknownExpertError(f"layer {layer} is not hosted here; layers {some(self._banks)} are")
         return bank
 
     def _part(self, position: int, facts: CallFacts, rows: RoutedRows) -> Part:
         """UnknownExpertError when none of the call's experts is here, WireError when its arrays do not fit."""
         bank = self._bank(facts.layer)
-        _check_shapes(rows, self.shape.d_model)
+        check_shapes(rows, self.shape.d_model)
         slot_P = bank.slots(rows.expert_index_P)
         missing: tuple[int, ...] = ()
         gone_P = slot_P < 0
@@ -421,49 +443,9 @@ class ExpertHost:
             missing = tuple(torch.unique(rows.expert_index_P[gone_P]).tolist())
             if bool(gone_P.all()):
                 raise UnknownExpertError(
-                    f"none of the call's experts is hosted here: {_some(missing)} of layer {facts.layer} are not"
+                    f"none of the call's experts is hosted here: {some(missing)} of layer {facts.layer} are not"
                 )
         return Part(position=position, facts=facts, rows=rows, slot_P=slot_P, missing=missing)
-
-    def _backward_facts(self, call: BackwardCall) -> CallFacts:
-        n_rows = call.grad_RD.shape[0]
-        if call.grad_RD.ndim != 2 or call.grad_RD.shape[1] != self.shape.d_model:
-            raise WireError(f"grad is {list(call.grad_RD.shape)}, the experts have d_model={self.shape.d_model}")
-        if call.rows is not None and call.rows.x_RD.shape[0] != n_rows:
-            raise WireError(f"grad has {n_rows} rows, the inputs that came with it {call.rows.x_RD.shape[0]}")
-        n_pairs = None if call.rows is None else call.rows.expert_index_P.numel()
-        return CallFacts(trainer=call.trainer, step=call.step, layer=call.layer, n_rows=n_rows, n_pairs=n_pairs)
-
-
-def _forward_facts(call: ForwardCall) -> CallFacts:
-    return CallFacts(
-        trainer=call.trainer,
-        step=call.step,
-        layer=call.layer,
-        n_rows=call.rows.x_RD.shape[0],
-        n_pairs=call.rows.expert_index_P.numel(),
-    )
-
-
-def _check_twin(call_id: bytes, facts: CallFacts, first: CallFacts) -> None:
-    if not facts.agrees_with(first):
-        raise WireError(f"call_id {call_id.hex()} belongs to another call: {first}, now said to be {facts}")
-
-
-def _check_shapes(rows: RoutedRows, d_model: int) -> None:
-    """The cheap half of `wire.validate`, for callers that came without a wire too."""
-    n_pairs = rows.expert_index_P.numel()
-    if rows.x_RD.ndim != 2 or rows.x_RD.shape[1] != d_model:
-        raise WireError(f"x is {list(rows.x_RD.shape)}, the experts have d_model={d_model}")
-    if rows.experts_per_row_R.numel() != rows.x_RD.shape[0] or rows.gate_P.numel() != n_pairs:
-        raise WireError(
-            f"{rows.x_RD.shape[0]} rows have {rows.experts_per_row_R.numel()} counts, "
-            f"{n_pairs} pairs {rows.gate_P.numel()} gates"
-        )
-    if bool((rows.experts_per_row_R < 1).any()):
-        raise WireError("a row without experts: every count of experts_per_row must be at least 1")
-    if int(rows.experts_per_row_R.sum()) != n_pairs:
-        raise WireError(f"experts_per_row sums to {int(rows.experts_per_row_R.sum())}, but there are {n_pairs} pairs")
 
 
 def _versions_of(part: Part, bank: ExpertBank, versions: Mapping[int, int]) -> dict[int, int]:
@@ -474,9 +456,3 @@ def _versions_of(part: Part, bank: ExpertBank, versions: Mapping[int, int]) -> d
 
 def _rows_bytes(rows: RoutedRows) -> int:
     return sum(t.nbytes for t in (rows.x_RD, rows.experts_per_row_R, rows.expert_index_P, rows.gate_P))
-
-
-def _some(indices: Sequence[int] | Mapping[int, object]) -> str:
-    """The first few, so that a call cannot make its own refusal long."""
-    shown = ", ".join(str(index) for index in list(indices)[:8])
-    return shown if len(indices) <= 8 else f"{shown} and {len(indices) - 8} more"

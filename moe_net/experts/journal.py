@@ -11,7 +11,7 @@ Pure bookkeeping like callbook.py: `InputsT` and `GradT` are whatever the host w
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -35,17 +35,21 @@ class Entry(Generic[InputsT, GradT]):
     n_bytes: int
     dispatch: int
     """Calls of one number were added together: rows of one matrix product."""
+    n_steps: int
+    """That the layer had closed before."""
 
 
 @dataclass(slots=True)
 class Undo(Generic[InputsT, GradT]):
-    """What to do with the sums of one layer: `replay` first, then `subtract`."""
+    """What to do with the sums of one layer: `replay` first, then `subtract` and `make_up`."""
 
     replay: list[list[Entry[InputsT, GradT]]] | None = None
     """Empty the sums, then add these again, dispatch by dispatch; None: leave them as they are."""
     subtract: list[Entry[InputsT, GradT]] = field(default_factory=list["Entry[InputsT, GradT]"])
     """Add the backward of the negated gradient. Equal to never having come up to rounding, if the weights are still
     those it was added at; otherwise up to what the weights have moved since."""
+    make_up: list[Entry[InputsT, GradT]] = field(default_factory=list["Entry[InputsT, GradT]"])
+    """As `subtract`, of calls that stood in the sums of a step which is over: their rows are not among those of now."""
 
 
 class Journal(Generic[InputsT, GradT]):
@@ -60,6 +64,8 @@ class Journal(Generic[InputsT, GradT]):
         """Added at other weights; the trainer has not committed them, so it may still void them."""
         self._incomplete: set[int] = set()
         """Layers whose sums hold more (or less) than `_fresh` says, until their next step."""
+        self._n_steps: defaultdict[int, int] = defaultdict(int)
+        """That each layer has closed."""
         self.n_bytes = 0
 
     def __len__(self) -> int:
@@ -69,7 +75,10 @@ class Journal(Generic[InputsT, GradT]):
         self, call_id: bytes, facts: CallFacts, inputs: InputsT, grad: GradT, n_bytes: int, *, dispatch: int
     ) -> None:
         """Write down a call whose gradient is added now."""
-        entry = Entry(facts=facts, inputs=inputs, grad=grad, n_bytes=n_bytes + ENTRY_OVERHEAD_BYTES, dispatch=dispatch)
+        entry = Entry(
+            facts=facts, inputs=inputs, grad=grad, n_bytes=n_bytes + ENTRY_OVERHEAD_BYTES, dispatch=dispatch,
+            n_steps=self._n_steps[facts.layer],
+        )  # fmt: skip
         if entry.n_bytes > self._limit_bytes:
             # It would not fit alone: nobody else has to go for it.
             self._incomplete.add(facts.layer)
@@ -97,7 +106,9 @@ class Journal(Generic[InputsT, GradT]):
                 n_gone += 1
                 continue
             layer = undo.setdefault(facts.layer, Undo())
-            if fresh and facts.layer not in self._incomplete:
+            if entry.n_steps < self._n_steps[facts.layer]:
+                layer.make_up.append(entry)
+            elif fresh and facts.layer not in self._incomplete:
                 layer.replay = []
             else:
                 layer.subtract.append(entry)
@@ -105,7 +116,7 @@ class Journal(Generic[InputsT, GradT]):
             if layer.replay is not None:
                 left = (entry for entry in self._fresh.values() if entry.facts.layer == number)
                 layer.replay = [list(together) for _, together in groupby(left, lambda entry: entry.dispatch)]
-            if layer.subtract:
+            if layer.subtract or layer.make_up:
                 # No entry stands for what is subtracted: a later replay would bring it back.
                 self._incomplete.add(number)
         return undo, n_gone
@@ -119,6 +130,7 @@ class Journal(Generic[InputsT, GradT]):
         """The layer's sums are empty and its weights are others."""
         self.weights_changed(layer, last_committed_step)
         self._incomplete.discard(layer)
+        self._n_steps[layer] += 1
 
     def weights_changed(self, layer: int, last_committed_step: Callable[[str], int]) -> None:
         """The layer's sums are what they were, but its weights are others: no replay before the next step."""

@@ -33,13 +33,16 @@ class Lineage:
     in every replica, and `unseen_by` does not ask for what has been forgotten."""
 
     seen: Mapping[int, Seen] = field(default_factory=dict[int, Seen])
+    own: int = field(default=0, compare=False)
+    """The origin of who keeps this, which is never forgotten, whoever claims to have learned later: its next rows would
+    count as its first, which others have seen long ago. 0: it has none."""
 
     def plus(self, origin: int, rows: int, version: int) -> Lineage:
         """After `rows` more of `origin`, at the step that led to `version`."""
         if rows <= 0:
             return self
         now = Seen(min(MAX_COUNT, self.rows_of(origin) + rows), version)
-        return Lineage(_newest([*self.seen.items(), (origin, now)]))
+        return Lineage(_newest([*self.seen.items(), (origin, now)], self.own), self.own)
 
     def rows_of(self, origin: int) -> int:
         """How many of its rows are in."""
@@ -48,7 +51,7 @@ class Lineage:
 
     def merged(self, other: Lineage) -> Lineage:
         """What a mean of both has seen."""
-        return Lineage(_newest([*self.seen.items(), *other.seen.items()]))
+        return Lineage(_newest([*self.seen.items(), *other.seen.items()], self.own), self.own)
 
     def unseen_by(self, other: Lineage) -> int:
         """Rows that are in here and not there."""
@@ -60,7 +63,7 @@ class Lineage:
         if said is None or said.rows <= rows:
             return self
         others = {o: s for o, s in self.seen.items() if o != origin}
-        return Lineage(others | {origin: Seen(rows, said.version)} if rows > 0 else others)
+        return Lineage(others | {origin: Seen(rows, said.version)} if rows > 0 else others, self.own)
 
     def to_tensor(self) -> Tensor:
         """int64 [origins, 3]: origin, rows, version."""
@@ -68,15 +71,15 @@ class Lineage:
         return torch.tensor(entries, dtype=torch.int64).reshape(len(entries), 3)
 
     @classmethod
-    def from_tensor(cls, value: Tensor | None) -> Lineage:
+    def from_tensor(cls, value: Tensor | None, *, own: int = 0) -> Lineage:
         """Of one that `wire.state.check_state` has passed; None: nothing seen."""
         if value is None:
-            return cls()
-        return cls({origin: Seen(rows, version) for origin, rows, version in value.tolist()})
+            return cls(own=own)
+        return cls({origin: Seen(rows, version) for origin, rows, version in value.tolist()}, own)
 
 
-def _newest(entries: Iterable[tuple[int, Seen]]) -> dict[int, Seen]:
-    """Each origin once, with the most that is said of it; the MAX_ORIGINS that learned last."""
+def _newest(entries: Iterable[tuple[int, Seen]], own: int) -> dict[int, Seen]:
+    """Each origin once, with the most that is said of it; `own`, and those that learned last: MAX_ORIGINS in all."""
     most: dict[int, Seen] = {}
     for origin, seen in entries:
         known = most.get(origin)
@@ -84,5 +87,7 @@ def _newest(entries: Iterable[tuple[int, Seen]]) -> dict[int, Seen]:
             seen = Seen(max(known.rows, seen.rows), max(known.version, seen.version))
         most[origin] = seen
     if len(most) > MAX_ORIGINS:
-        most = dict(sorted(most.items(), key=lambda entry: (entry[1].version, entry[0]))[-MAX_ORIGINS:])
+        most = dict(
+            sorted(most.items(), key=lambda entry: (entry[0] == own > 0, entry[1].version, entry[0]))[-MAX_ORIGINS:]
+        )
     return most

@@ -21,9 +21,9 @@ State = Mapping[str, Tensor]
 WEIGHTS, SECOND_MOMENTS = ("w_in", "w_out"), ("v_in", "v_out")
 
 
-def lineage_of(state: State, expert: str) -> Lineage:
-    """Of `expert`, a name like `3.17`."""
-    return Lineage.from_tensor(state.get(f"{expert}.{LINEAGE_FIELD}"))
+def lineage_of(state: State, expert: str, *, own: int = 0) -> Lineage:
+    """Of `expert`, a name like `3.17`, in the state of the replica whose origin is `own`."""
+    return Lineage.from_tensor(state.get(f"{expert}.{LINEAGE_FIELD}"), own=own)
 
 
 def share_of_other(mine: Lineage, theirs: Lineage, my_version: int, their_version: int) -> float:
@@ -37,15 +37,15 @@ def share_of_other(mine: Lineage, theirs: Lineage, my_version: int, their_versio
     return float(their_version > my_version)
 
 
-def average(mine: State, theirs: State) -> dict[str, Tensor]:
+def average(mine: State, theirs: State, *, own: int = 0) -> dict[str, Tensor]:
     """The weighted mean of weights and both moments, the larger version, and what both have seen. Both states are of
-    the same experts.
+    the same experts; `own` is our origin.
 
     A side with the whole weight is taken over bit for bit. A mean of second moments is never negative.
     """
     mean: dict[str, Tensor] = {}
     for expert in experts_of(mine):
-        lineages = lineage_of(mine, expert), lineage_of(theirs, expert)
+        lineages = lineage_of(mine, expert, own=own), lineage_of(theirs, expert)
         versions = int(mine[f"{expert}.version"]), int(theirs[f"{expert}.version"])
         share = share_of_other(*lineages, *versions)
         for field in STATE_FIELDS[:-1]:
@@ -67,7 +67,7 @@ def _put_lineage(state: dict[str, Tensor], expert: str, lineage: Lineage) -> Non
         state[f"{expert}.{LINEAGE_FIELD}"] = lineage.to_tensor()
 
 
-def rebase(mean: State, now: State, sent: State) -> dict[str, Tensor]:
+def rebase(mean: State, now: State, sent: State, *, own: int = 0) -> dict[str, Tensor]:
     """`mean` and what happened to us meanwhile: mean + (now - sent), field by field; the larger version, and what both
     have seen. When the mean has seen all of it (the other side made the same steps, with our rows), just the mean; and
     just our own state where the mean is what we sent.
@@ -77,7 +77,7 @@ def rebase(mean: State, now: State, sent: State) -> dict[str, Tensor]:
     """
     moved: dict[str, Tensor] = {}
     for expert in experts_of(mean):
-        theirs, ours = lineage_of(mean, expert), lineage_of(now, expert)
+        theirs, ours = lineage_of(mean, expert), lineage_of(now, expert, own=own)
         version = f"{expert}.version"
         contained = ours.unseen_by(theirs) == 0 and int(now[version]) <= int(mean[version])
         for field in STATE_FIELDS[:-1]:
@@ -93,7 +93,7 @@ def rebase(mean: State, now: State, sent: State) -> dict[str, Tensor]:
                     moved[name] = torch.maximum(moved[name], mean[name] * decay)
         # Not a sum either: what we have stepped meanwhile, the other side may have as well.
         moved[version] = torch.maximum(mean[version], now[version])
-        _put_lineage(moved, expert, theirs.merged(ours))
+        _put_lineage(moved, expert, ours.merged(theirs))
     return moved
 
 

@@ -34,7 +34,7 @@ from moe_net.wire.messages import (
     ForwardCall,
     RoutedRows,
 )
-from moe_net.wire.share import BATCH_BYTES, ShareCall
+from moe_net.wire.share import BATCH_BYTES, MAX_COMMITS, ShareCall
 from moe_net.wire.validate import (
     Limits,
     check_call_id,
@@ -315,7 +315,7 @@ def decode_commit_call(data: bytes | memoryview, limits: Limits | None = None) -
 
 def encode_share_call(call: ShareCall) -> bytes:
     """A ShareRequest."""
-    message = expert_pb2.ShareRequest(batch=call.batch)
+    message = expert_pb2.ShareRequest(batch=call.batch, commit=call.commits)
     for layer, experts in groupby(sorted(call.experts), key=lambda expert: expert.layer):
         message.experts.add(layer=layer, expert_index=[expert.index for expert in experts])
     return message.SerializeToString()
@@ -326,8 +326,10 @@ def decode_share_call(data: bytes | memoryview, limits: Limits | None = None) ->
     message, _ = take_apart(expert_pb2.ShareRequest, data, limits or Limits(), arrays=(), tensors=())
     if len(message.batch) != BATCH_BYTES:
         raise WireError(f"batch: {len(message.batch)} bytes, must be {BATCH_BYTES}")
+    if len(message.commit) > MAX_COMMITS:
+        raise WireError(f"commit: {len(message.commit)}, at most {MAX_COMMITS} are named")
     experts = {ExpertId(part.layer, index) for part in message.experts for index in part.expert_index}
-    return ShareCall(batch=message.batch, experts=tuple(sorted(experts)))
+    return ShareCall(batch=message.batch, experts=tuple(sorted(experts)), commits=tuple(message.commit))
 
 
 def decode_fetch_call(data: bytes | memoryview, limits: Limits | None = None) -> tuple[int, tuple[int, ...]]:

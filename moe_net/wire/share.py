@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -10,11 +12,14 @@ from torch import Tensor
 
 from moe_net.errors import CheckpointError
 from moe_net.types import ExpertId, ExpertShape
+from moe_net.wire.messages import CommitCall
 from moe_net.wire.state import MAX_COUNT
 
 BATCH_BYTES = 32
 _HEADER_BYTES, _ENTRY_BYTES = 64 * 1024, 256
 
+MAX_COMMITS = 1024
+"""Of a batch that are named; of more, the last ones."""
 MAX_NORM = 1e15
 """Of a share. The squares of many add up to what fp32 holds."""
 
@@ -26,6 +31,14 @@ class ShareCall:
     batch: bytes
     """Which step: SHA-256 of the commits that it closes."""
     experts: tuple[ExpertId, ...]
+    commits: tuple[int, ...] = ()
+    """`commit_key` of those commits, in the order in which they came."""
+
+
+def commit_key(call: CommitCall) -> int:
+    """Names a commit, in 8 bytes."""
+    named = json.dumps([call.trainer, call.step, call.tokens]).encode()
+    return int.from_bytes(hashlib.sha256(named).digest()[:8], "big")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,7 +46,7 @@ class ExpertShare:
     """Of one expert."""
 
     rows: int
-    """That the sums are of."""
+    """That the sums are of; 0: they make up for gradients of an earlier step, which should not have been in it."""
     rows_before: int
     """That its origin had stepped on before."""
     g_in: Tensor
@@ -49,6 +62,8 @@ class Share:
     clock: int
     """Steps of the run, with this one."""
     experts: Mapping[ExpertId, ExpertShare]
+    committed_tokens: int | None = None
+    """Instead of experts, when steps end at other commits there: towards the next one, after the last of the call's."""
 
     def to_state(self) -> dict[str, Tensor]:
         """For `wire.snapshot.pack`."""
@@ -56,12 +71,18 @@ class Share:
         for expert, share in self.experts.items():
             state[f"{expert}.rows"] = torch.tensor([share.rows, share.rows_before])
             state[f"{expert}.g_in"], state[f"{expert}.g_out"] = share.g_in, share.g_out
+        if self.committed_tokens is not None:
+            state["committed"] = torch.tensor(self.committed_tokens)
         return state
 
 
 def share_from_state(state: Mapping[str, Tensor], *, asked: Collection[ExpertId], shape: ExpertShape) -> Share:
     """The share in `state`, of no experts but those `asked` for. CheckpointError when it is none, or not usable."""
-    origin, clock = (_number(state, name) for name in ("origin", "clock"))
+    origin, clock = _number(state, "origin"), _number(state, "clock")
+    if "committed" in state:
+        if len(state) > 3:
+            raise CheckpointError("committed: with gradients of a step that is not ours")
+        return Share(origin=origin, clock=clock, experts={}, committed_tokens=_number(state, "committed", least=0))
     named = {name.rpartition(".")[0] for name in state if name not in ("origin", "clock")}
     experts: dict[ExpertId, ExpertShare] = {}
     for expert in asked:
@@ -73,10 +94,10 @@ def share_from_state(state: Mapping[str, Tensor], *, asked: Collection[ExpertId]
     return Share(origin=origin, clock=clock, experts=experts)
 
 
-def _number(state: Mapping[str, Tensor], name: str) -> int:
+def _number(state: Mapping[str, Tensor], name: str, *, least: int = 1) -> int:
     value = state.get(name)
-    if value is None or value.dtype != torch.int64 or value.ndim or int(value) < 1:
-        raise CheckpointError(f"{name} is missing, or no positive number")
+    if value is None or value.dtype != torch.int64 or value.ndim or int(value) < least:
+        raise CheckpointError(f"{name} is missing, or no number from {least} on")
     return int(value)
 
 
@@ -94,8 +115,8 @@ def _expert_share(state: Mapping[str, Tensor], name: str, shape: ExpertShape) ->
         if field != "rows" and not float(torch.linalg.vector_norm(value)) <= MAX_NORM:
             raise CheckpointError(f"{name}.{field} has a norm over {MAX_NORM:g}, or none")
     rows, before = state[f"{name}.rows"].tolist()
-    if not (0 < rows <= MAX_COUNT and 0 <= before <= MAX_COUNT):
-        raise CheckpointError(f"{name}.rows is {rows} after {before}, must be 1..{MAX_COUNT} and 0..{MAX_COUNT}")
+    if not (0 <= rows <= MAX_COUNT and 0 <= before <= MAX_COUNT):
+        raise CheckpointError(f"{name}.rows is {rows} after {before}, must be 0..{MAX_COUNT} each")
     return ExpertShare(rows=rows, rows_before=before, g_in=state[f"{name}.g_in"], g_out=state[f"{name}.g_out"])
 
 

@@ -145,7 +145,7 @@ class Batcher:
         self.queue_bytes = 0
         """Bytes of their tensors."""
         self.reserved_bytes = 0
-        """Of messages that wait to be decoded, or are."""
+        """Of messages that still come in pieces, wait to be decoded, or are."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -203,7 +203,7 @@ class Batcher:
 
     @contextmanager
     def reserving(self, n_bytes: int, *, timeout_s: float | None = None) -> Generator[None]:
-        """Room for a message until it is decoded, and joins the queue as a call; BusyError as `check_room`."""
+        """Room for a message until it is read, and joins the queue as a call; BusyError as `check_room`."""
         self.check_room(n_bytes, timeout_s=timeout_s)
         self.reserved_bytes += n_bytes
         try:

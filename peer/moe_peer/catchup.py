@@ -107,6 +107,8 @@ async def catch_up(
             for index in indices:
                 taken[peer_id].append(ExpertId(layer, index))
                 del candidates[ExpertId(layer, index)]
+    # Layers came at different moments, perhaps with a commit in between: their steps must end together.
+    host.continue_at(host.committed_tokens)
     return [Taken(peer=peer, experts=tuple(sorted(experts))) for peer, experts in sorted(taken.items())]
 
 

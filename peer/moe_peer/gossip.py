@@ -167,7 +167,7 @@ class Replicator:
 
     def _average(self, head: ExchangeHead, theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
         ours = self._host.fetch(head.layer, head.indices, with_sums=False)
-        mean = average(ours, theirs)
+        mean = average(ours, theirs, own=self._host.origin)
         try:
             self._replace(head.layer, ours, mean)
         except CheckpointError as error:  # finite values can be so large that their mean is not
@@ -195,7 +195,7 @@ class Replicator:
     def _adopt(self, head: ExchangeHead, sent: dict[str, Tensor], mean: dict[str, Tensor]) -> None:
         self._host.check_state(head.layer, mean)
         now = self._host.fetch(head.layer, head.indices, with_sums=False)
-        self._replace(head.layer, now, rebase(mean, now, sent))
+        self._replace(head.layer, now, rebase(mean, now, sent, own=self._host.origin))
 
 
 class Gossip:

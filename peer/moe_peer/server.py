@@ -20,9 +20,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -56,6 +55,7 @@ from moe_net.wire.validate import Limits, check_rows
 from moe_peer.batcher import Batcher
 from moe_peer.device import DeviceThread
 from moe_peer.gossip import Meeting, Replicator
+from moe_peer.landing import LandedCalls
 from moe_peer.sharing import Sharing
 from moe_peer.streams import FewReflections, FewWatches, Places
 
@@ -139,13 +139,14 @@ class ExpertServer:
         self._limits = limits or Limits()
         self._layers = frozenset(expert.layer for expert in host.experts)
         self._matrices = matrices_on(host.device, host.compute_dtype)
+        runner = host if self._matrices is ON_CPU else LandedCalls(host, self._matrices)
         self._device = DeviceThread()
         # One thread, so that reading large messages takes no more than one core from the experts.
         self._codec = DeviceThread("codec")
         self._batcher = Batcher(
             self._device,
-            forward_many=host.forward_many if self._matrices is ON_CPU else self._forward_many,
-            backward_many=host.backward_many if self._matrices is ON_CPU else self._backward_many,
+            forward_many=runner.forward_many,
+            backward_many=runner.backward_many,
             max_batch_rows=max_batch_rows,
             max_queue_rows=max_queue_rows,
             max_queue_bytes=max_queue_bytes,
@@ -218,7 +219,7 @@ class ExpertServer:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             name: grpc.unary_unary_rpc_method_handler(self._answering(name, method)) for name, method in unary.items()
         }
-        in_pieces: dict[str, Callable[[memoryview, Context], Awaitable[Parts]]] = {
+        in_pieces: dict[str, Callable[[memoryview, Context, ExitStack], Awaitable[Parts]]] = {
             "ForwardInPieces": partial(self._forward, write=codec.forward_answer_parts),
             "BackwardInPieces": partial(self._backward, write=codec.backward_answer_parts),
         }
@@ -231,42 +232,53 @@ class ExpertServer:
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def _forward(
-        self, raw: bytes | memoryview, context: Context, *, write: Callable[[ForwardAnswer, Matrices], OutT]
+        self,
+        raw: bytes | memoryview,
+        context: Context,
+        room: ExitStack | None = None,
+        *,
+        write: Callable[[ForwardAnswer, Matrices], OutT],
     ) -> OutT:
-        with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
+        """`room`: what holds the message's already, until it is read."""
+        with room or self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
             call = await self._sized(len(raw), self._read_forward, raw)
         answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
         return await self._sized(answer.y_RD.nbytes, lambda answer: write(answer, self._matrices), answer)
 
     async def _backward(
-        self, raw: bytes | memoryview, context: Context, *, write: Callable[[BackwardAnswer, Matrices], OutT]
+        self,
+        raw: bytes | memoryview,
+        context: Context,
+        room: ExitStack | None = None,
+        *,
+        write: Callable[[BackwardAnswer, Matrices], OutT],
     ) -> OutT:
-        with self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
+        """As `_forward`."""
+        with room or self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
             call = await self._sized(len(raw), self._read_backward, raw)
         answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
         return await self._sized(answer.dx_RD.nbytes, lambda answer: write(answer, self._matrices), answer)
 
     async def _in_pieces(
-        self, method: Callable[[memoryview, Context], Awaitable[Parts]], _requests: AsyncIterator[bytes],
+        self, method: Callable[[memoryview, Context, ExitStack], Awaitable[Parts]], _requests: AsyncIterator[bytes],
         context: Context,
     ) -> None:  # fmt: skip
-        """`method` for a message that comes, and whose answer goes, in pieces.
-
-        Until it is whole it is counted by gRPC's limit of calls alone, as one that comes in one piece.
-        """
-
-        def admit(n_bytes: int) -> None:  # now, not when its bytes have been sent in vain
-            self._batcher.check_room(n_bytes, timeout_s=context.time_remaining())
-
-        reader = PieceReader(self._limits, admit, self._matrices.room)
+        """`method` for a message that comes, and whose answer goes, in pieces. All that will come has its room from
+        the first piece on: callers that are let in one by one may not be too many together."""
         # Each way: piece by piece just in time it could take hours, and the place of a call with it.
         limit_s = self._chunk_timeout_s + self._limits.max_message_bytes / MIN_FETCH_BYTES_PER_S
-        async with asyncio.timeout(limit_s):
-            while raw := await self._in_time(context.read()):  # empty: grpc.aio.EOF
-                reader.feed(raw)
-        whole = reader.finish()
-        del reader
-        answer = await method(whole, context)
+        with ExitStack() as room:
+
+            def admit(n_bytes: int) -> None:  # now, not when its bytes have been sent in vain
+                room.enter_context(self._batcher.reserving(n_bytes, timeout_s=context.time_remaining()))
+
+            reader = PieceReader(self._limits, admit, self._matrices.room)
+            async with asyncio.timeout(limit_s):
+                while raw := await self._in_time(context.read()):  # empty: grpc.aio.EOF
+                    reader.feed(raw)
+            whole = reader.finish()
+            del reader
+            answer = await method(whole, context, room)
         del whole
         async with asyncio.timeout(limit_s):
             for piece in cut(answer):
@@ -337,37 +349,6 @@ class ExpertServer:
             self._check_inputs(call.layer, call.rows)
         return call
 
-    def _forward_many(self, calls: Sequence[ForwardCall]) -> list[Any]:
-        matrices = self._matrices
-        landed = [replace(call, rows=_landed(call.rows, matrices)) for call in calls]
-        shipped = [
-            replace(answer, y_RD=matrices.ship(answer.y_RD, answer.encoding))
-            if isinstance(answer, ForwardAnswer)
-            else answer
-            for answer in self._host.forward_many(landed)
-        ]
-        matrices.finish()
-        return shipped
-
-    def _backward_many(self, calls: Sequence[BackwardCall]) -> list[Any]:
-        matrices = self._matrices
-        landed = [
-            replace(
-                call,
-                grad_RD=matrices.land(call.grad_RD),
-                rows=None if call.rows is None else _landed(call.rows, matrices),
-            )
-            for call in calls
-        ]
-        shipped = [
-            replace(answer, dx_RD=matrices.ship(answer.dx_RD, answer.encoding))
-            if isinstance(answer, BackwardAnswer)
-            else answer
-            for answer in self._host.backward_many(landed)
-        ]
-        matrices.finish()
-        return shipped
-
     def _check_inputs(self, layer: int, rows: RoutedRows) -> None:
         if layer not in self._layers:
             raise UnknownExpertError(f"layer {layer} is not hosted here")
@@ -426,10 +407,6 @@ class ExpertServer:
             yield server
         finally:
             await server.stop(grace_s=grace_s)
-
-
-def _landed(rows: RoutedRows, matrices: Matrices) -> RoutedRows:
-    return replace(rows, x_RD=matrices.land(rows.x_RD))
 
 
 def _pack(state: dict[str, Any], run: str, host: ExpertHost) -> tuple[bytes, bytes]:

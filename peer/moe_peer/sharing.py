@@ -6,6 +6,10 @@ that were equal are equal again, to the bit, and equal to one peer that had got 
 do that: AdamW that sees half of the rows sees more noise and makes smaller steps for it (a learning rate divided by
 sqrt(2) costs as much). And a replica that dies takes no learning with it.
 
+Replicas that count from different commits (one has missed some) would never close the same batch again. Who asks names
+its commits; who has ended a step within those says how many tokens it had after the last of them, and the one with the
+larger id goes on from there.
+
 Nobody waits for long: who does not answer soon is left out, and asked again some steps later. Then one side has stepped
 on more than the other; their lineages say so, and their next meeting (gossip.py) mends it. A gradient that was voided
 before the step is out of the sums before these are set apart, so it is in no share. Replicas on a CPU and on a GPU
@@ -18,6 +22,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any, Protocol
@@ -28,7 +33,7 @@ from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.types import ExpertId, PeerInfo
 from moe_net.wire.messages import CommitAnswer, CommitCall
-from moe_net.wire.share import Share, ShareCall
+from moe_net.wire.share import MAX_COMMITS, Share, ShareCall, commit_key
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +47,8 @@ MAX_SKIPPED = 63
 """Steps made without asking one that does not answer."""
 REMEMBERED = 64
 """Batches that are over: their shares are gone, and nobody has to wait for them."""
+KNOWN_BATCHES = 8
+"""Of the last ones, which commits closed them."""
 
 
 class Ask(Protocol):
@@ -82,8 +89,12 @@ class Sharing:
         self._tasks: set[asyncio.Task[CommitAnswer]] = set()
         self._batch = b""
         self._share: Share | None = None
+        self._pending: dict[int, int] = {}
+        """Commits towards the next step -> tokens committed after each."""
+        self._ended: deque[dict[int, int]] = deque(maxlen=KNOWN_BATCHES)
+        """Those of the last steps."""
         self._over: deque[bytes] = deque(maxlen=REMEMBERED)
-        self._closing = asyncio.Event()
+        self._news = asyncio.Event()
         self._ended_s: float | None = None
         self._between_s: deque[float] = deque(maxlen=8)
 
@@ -104,20 +115,31 @@ class Sharing:
             partners = self._replicas()
             shared = {expert for peer in partners for expert in self._mine.intersection(peer.experts)}
             answer, closed, share = await self._run(self._close, call, shared)
+            if call.tokens and not answer.repeated:
+                self._pending[commit_key(call)] = answer.committed_tokens
+                if len(self._pending) > MAX_COMMITS:
+                    del self._pending[next(iter(self._pending))]
+            if closed is not None:
+                self._ended.append(self._pending)
+                self._over.append(self._batch)
+                self._batch, self._share, self._pending = closed.batch, share, {}
+            self._news.set()
+            self._news = asyncio.Event()
             if closed is None:
                 return answer
             now_s = asyncio.get_running_loop().time
             if self._ended_s is not None:
                 self._between_s.append(now_s() - self._ended_s)
-            self._over.append(self._batch)
-            self._batch, self._share = closed.batch, share
-            self._closing.set()
-            self._closing = asyncio.Event()
-            asked = [self._part_of(peer, closed) for peer in partners]
+            asked = [self._part_of(peer, closed, tuple(self._ended[-1])) for peer in partners]
             # Whatever a partner's answer led to: our own sums are set apart, and must be stepped on.
             parts = await asyncio.gather(*asked, return_exceptions=True)
+            shares = {peer.peer_id: part for peer, part in zip(partners, parts, strict=True) if isinstance(part, Share)}
             if partners:
-                await self._run(self._host.finish_commit, closed, [part for part in parts if isinstance(part, Share)])
+                await self._run(self._host.finish_commit, closed, list(shares.values()))
+            first = min(shares, default=self._peer_id)
+            if first < self._peer_id and (there := shares[first].committed_tokens) is not None:
+                log.info("steps end at other commits at %s: going on from its %d tokens", first, there)
+                await self._run(self._host.continue_at, there)
             for part in parts:
                 if isinstance(part, BaseException):
                     log.error("a step without a replica", exc_info=part)
@@ -131,9 +153,11 @@ class Sharing:
         answer, closed = self._host.begin_commit(call, detach=bool(shared))
         if closed is None:
             return answer, None, None
-        share = self._host.share(closed, shared)
-        if not shared:
-            self._host.finish_commit(closed)
+        with ExitStack() as alone:  # also when there is no share to be had: a step that has begun must end
+            alone.callback(self._host.finish_commit, closed)
+            share = self._host.share(closed, shared)
+            if shared:
+                alone.pop_all()
         return answer, closed, share
 
     def _replicas(self) -> Sequence[PeerInfo]:
@@ -153,7 +177,7 @@ class Sharing:
             return most_s
         return min(most_s, max(MIN_WAIT_S, PATIENCE * max(partner.waits_s)))
 
-    async def _part_of(self, peer: PeerInfo, closed: Closed) -> Share | None:
+    async def _part_of(self, peer: PeerInfo, closed: Closed, commits: tuple[int, ...]) -> Share | None:
         """None when it has none, or does not say in time."""
         assert self._ask is not None, "there are no replicas before `begin`"
         partner = self._partners.setdefault(peer.peer_id, _Partner())
@@ -165,7 +189,8 @@ class Sharing:
         shared = tuple(sorted(self._mine.intersection(peer.experts)))
         try:
             async with asyncio.timeout(limit_s):
-                share = await self._ask(peer, ShareCall(batch=closed.batch, experts=shared), timeout_s=limit_s)
+                call = ShareCall(batch=closed.batch, experts=shared, commits=commits)
+                share = await self._ask(peer, call, timeout_s=limit_s)
         except TimeoutError:
             self._without(peer, partner, f"no answer in {limit_s:.2f} s")
             return None
@@ -184,15 +209,26 @@ class Sharing:
         log.info("a step without %s, and %d more: %s", peer.peer_id, partner.skip, why)
 
     async def answer(self, call: ShareCall, *, limit_s: float | None = None) -> Share:
-        """Our part of a step, once we have closed it too. InputsGoneError: it is over; TimeoutError: not in time."""
+        """Our part of a step, once we have closed it too, or where we are when we shall not. InputsGoneError: it is
+        over; TimeoutError: not in time."""
         async with asyncio.timeout(MAX_WAIT_S if limit_s is None else min(limit_s, MAX_WAIT_S)):
             while self._share is None or call.batch != self._batch:
                 if call.batch in self._over:
                     raise InputsGoneError("batch: that step is over here")
-                await self._closing.wait()
+                tokens = self._tokens_after(call.commits)
+                if self._share is not None and tokens is not None:
+                    return replace(self._share, experts={}, committed_tokens=tokens)
+                await self._news.wait()
         share = self._share
         experts = {expert: share.experts[expert] for expert in call.experts if expert in share.experts}
         return replace(share, experts=experts)
+
+    def _tokens_after(self, commits: Sequence[int]) -> int | None:
+        """Committed here after the last of `commits`, when a step has ended among them, so that theirs is none of ours;
+        None as long as it may be, or we have not heard of the last one."""
+        if any(commit in batch for batch in self._ended for commit in commits):
+            return next((batch[commits[-1]] for batch in (self._pending, *self._ended) if commits[-1] in batch), None)
+        return None
 
     async def close(self) -> None:
         """Finish what has begun."""

@@ -33,7 +33,7 @@ from moe_net.rpc.grpc_client import GrpcTransport
 from moe_net.types import Encoding, PeerInfo
 from moe_net.wire.validate import Limits
 from moe_peer.batcher import Kind
-from moe_peer.server import SERVICE
+from moe_peer.server import SERVICE, ExpertServer
 
 ROWS = 9000
 """Of 32 bytes, and as much again of routing: several pieces of a stock client."""
@@ -156,6 +156,63 @@ async def test_a_busy_server_refuses_the_first_piece_and_says_what_the_wait_is()
         assert (await refused(stream.read()))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
         host.gate.set()
         assert (await running).y.rows == (await waiting).y.rows == 5
+
+
+async def reserved(server: ExpertServer, n_bytes: int) -> None:
+    async with asyncio.timeout(30):
+        while server._batcher.reserved_bytes != n_bytes:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+async def leave(server: ExpertServer, stream: Any, rest: Sequence[expert_pb2.Piece]) -> None:
+    stream.cancel()
+
+
+async def end_early(server: ExpertServer, stream: Any, rest: Sequence[expert_pb2.Piece]) -> None:
+    await stream.done_writing()
+    assert (await refused(stream.read()))[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def send_nonsense(server: ExpertServer, stream: Any, rest: Sequence[expert_pb2.Piece]) -> None:
+    await stream.write(expert_pb2.Piece(data=b"x"))
+    assert (await refused(stream.read()))[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def fall_silent(server: ExpertServer, stream: Any, rest: Sequence[expert_pb2.Piece]) -> None:
+    server._chunk_timeout_s = 0.1
+    await stream.write(rest[0])
+    assert (await refused(stream.read()))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def send_the_rest(server: ExpertServer, stream: Any, rest: Sequence[expert_pb2.Piece]) -> None:
+    for piece in rest:
+        await stream.write(piece)
+    await stream.done_writing()
+    assert (await stream.read()).total_bytes
+
+
+@pytest.mark.parametrize("way_out", [leave, end_early, send_nonsense, fall_silent, send_the_rest])
+async def test_what_will_come_in_pieces_is_counted_once_from_the_first_one_until_it_is_read(way_out: Any) -> None:
+    first, *rest = stock_pieces(stock_forward(forward_call(n_rows=ROWS)))
+    host = Gated()
+    host.gate.set()
+    async with serving(host, max_queue_bytes=first.total_bytes + 1000) as (server, client):
+        stream = client.stub.ForwardInPieces(timeout=30)
+        await stream.write(first)
+        await reserved(server, first.total_bytes)
+        for late in (
+            client.stub.ForwardInPieces(iter([first]), timeout=30).read(),
+            client.stub.Forward(stock_forward(forward_call(n_rows=99)), timeout=30),
+        ):
+            code, details = await refused(late)
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "this call has 0 rows" in details, "refused before it is read"
+        assert host.calls == 0
+        await way_out(server, stream, rest)
+        await reserved(server, 0)
+        assert host.calls == (way_out is send_the_rest)
+        # As large a one again has room, alone.
+        await client.transport.forward(client.peer, forward_call(n_rows=ROWS), timeout_s=30)
 
 
 @pytest.mark.usefixtures("everything_in_pieces")

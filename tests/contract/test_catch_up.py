@@ -88,6 +88,16 @@ async def test_experts_come_from_several_peers_and_those_nobody_hosts_start_fres
     assert_same(joiner, new_host(), 0, (2, 3, 4, 5))
 
 
+async def test_layers_that_came_before_and_after_a_commit_end_their_steps_together() -> None:
+    earlier, later = (new_host([e for e in ALL if e.layer == layer], steps=1) for layer in (0, 1))
+    later.commit(CommitCall(trainer="t", step=1, tokens=5))
+    joiner = new_host()
+    assert await join({"a": earlier, "b": later}, joiner) == {"a": len(ALL) // 2, "b": len(ALL) // 2}
+    assert len({bank.committed_tokens for bank in joiner._banks.values()}) == 1
+    joiner.commit(CommitCall(trainer="t", step=2, tokens=RUN.global_batch_tokens))
+    assert joiner.versions == {layer: dict.fromkeys(indices, 2) for layer, indices in joiner.versions.items()}
+
+
 async def test_fresh_replicas_have_nothing_to_give() -> None:
     assert await join({"a": new_host()}, new_host()) == {}
 

@@ -24,6 +24,7 @@ from moe_net.errors import BusyError
 from moe_net.experts.bank import ExpertBank
 from moe_net.experts.host import ExpertHost
 from moe_net.experts.lineage import Lineage
+from moe_net.experts.replicate import lineage_of
 from moe_net.placement.view import View
 from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.base import CallError, CallFailure
@@ -32,6 +33,7 @@ from moe_net.types import ExpertId, PeerInfo
 from moe_net.wire.exchange import ExchangeHead
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitCall, RoutedRows
 from moe_net.wire.snapshot import pack
+from moe_net.wire.state import MAX_ORIGINS
 from moe_peer.gossip import Gossip, Meeting
 from moe_peer.server import ExpertServer
 
@@ -284,6 +286,20 @@ async def test_two_that_ask_each_other_at_once_refuse_and_do_not_wait() -> None:
         p.b.gate.set()
         await theirs
         await p.meet()
+
+
+async def test_who_invents_origins_does_not_make_us_forget_our_own_rows() -> None:
+    async with pair() as p:
+        learn(p.b, {0: 3}, seed=1)
+        invented = torch.tensor([[100 + i, 7, 9] for i in range(MAX_ORIGINS)])
+        forged = p.a.fetch(0, [0]) | {"0.0.lineage": invented, "0.0.version": torch.tensor(9)}
+        head = ExchangeHead(peer_id="x", layer=0, indices=(0,))
+        mean = await p.transport.exchange(p.peer_b, head, forged, timeout_s=30)
+        assert lineage_of(mean, "0.0").rows_of(2) == 3
+        learn(p.b, {0: 2}, seed=2)
+        assert p.b.bank().lineages[0].rows_of(2) == 5
+        await p.server_b.replicator.meet(p.transport, p.peer_a, 0, [0])
+        assert p.b.bank().lineages[0].rows_of(2) == 5
 
 
 def chunk(**fields: Any) -> expert_pb2.ExchangeChunk:

@@ -25,7 +25,7 @@ from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.grpc_client import SERVICE, GrpcTransport
 from moe_net.types import ExpertId, PeerInfo
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitCall, RoutedRows
-from moe_net.wire.share import ShareCall, max_share_bytes
+from moe_net.wire.share import MAX_COMMITS, ShareCall, commit_key, max_share_bytes
 from moe_net.wire.snapshot import pack
 from moe_peer.server import ExpertServer
 
@@ -120,9 +120,19 @@ async def test_one_that_is_gone_or_behind_does_not_hold_up_the_other() -> None:
         assert p.hosts[0].versions[1] == dict.fromkeys(range(RUN.model.n_experts), 9)
 
 
-def request(batch: bytes = BATCH, layer: int = 1) -> bytes:
+async def test_a_replica_whose_steps_end_at_other_commits_says_where_it_is() -> None:
+    async with pair() as p:
+        calls = [CommitCall(trainer="t", step=i, tokens=RUN.global_batch_tokens // 2) for i in range(3)]
+        for call in calls:
+            await asyncio.gather(*(p.transport.commit(peer, call, timeout_s=30) for peer in p.peers))
+        asked = ShareCall(batch=BATCH, experts=RUN.model.expert_ids, commits=tuple(map(commit_key, calls[1:])))
+        share = await p.transport.share(p.peers[0], asked, timeout_s=10)
+        assert (share.experts, share.committed_tokens) == ({}, calls[2].tokens)
+
+
+def request(batch: bytes = BATCH, layer: int = 1, n_commits: int = 0) -> bytes:
     experts = [expert_pb2.LayerExperts(layer=layer, expert_index=[0, 1])]
-    return expert_pb2.ShareRequest(batch=batch, experts=experts).SerializeToString()
+    return expert_pb2.ShareRequest(batch=batch, experts=experts, commit=range(n_commits)).SerializeToString()
 
 
 @pytest.mark.parametrize(
@@ -131,6 +141,7 @@ def request(batch: bytes = BATCH, layer: int = 1) -> bytes:
         (b"\xff\xff\xff", StatusCode.INVALID_ARGUMENT),
         (request(batch=b""), StatusCode.INVALID_ARGUMENT),
         (request(batch=bytes(33)), StatusCode.INVALID_ARGUMENT),
+        (request(n_commits=MAX_COMMITS + 1), StatusCode.INVALID_ARGUMENT),
         (request(), StatusCode.DEADLINE_EXCEEDED),
     ],
 )

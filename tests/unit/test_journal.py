@@ -73,7 +73,7 @@ def test_what_was_added_at_other_weights_is_subtracted_and_not_brought_back_by_a
         journal.add(name.encode(), facts(step=1), name, "dy", 10, dispatch=9)
     undo, _ = journal.void([(b"old", facts())])
     assert undo[0].replay is None
-    assert [e.inputs for e in undo[0].subtract] == ["old"]
+    assert ([e.inputs for e in undo[0].make_up], undo[0].subtract) == (["old"], [])
     undo, _ = journal.void([(b"new", facts(step=1))])
     assert undo[0].replay is None
     assert [e.inputs for e in undo[0].subtract] == ["new"]
@@ -201,6 +201,32 @@ def test_a_gradient_that_another_trainers_commit_stepped_on_is_subtracted_from_t
     add(alone, void)
     # At weights that one step of 1e-3 has moved.
     torch.testing.assert_close(sums(host), -sums(alone), rtol=0.1, atol=0.05)
+
+
+def test_rows_of_a_step_that_is_over_are_not_taken_from_another_trainers_of_now() -> None:
+    host = new_host(batch_tokens=5)
+    bank = host._banks[0]
+    void = call(1)
+    add(host, void)
+    add(host, call(2, trainer="u"))
+    assert commit(host, trainer="u", tokens=5).stepped
+    add(host, call(3, trainer="u", step=1))
+    rows_E, before = bank._summed_rows_E.tolist(), sums(host)
+    assert commit(host, void).voided == 1
+    assert bank._summed_rows_E.tolist() == rows_E == [2, 2, 1]
+    assert not torch.equal(sums(host), before), "the gradient is taken out all the same"
+    assert commit(host, trainer="u", step=1, tokens=5).stepped
+    assert {i: lineage.seen[0].rows for i, lineage in bank.lineages.items()} == {0: 6, 1: 6, 3: 3}
+
+
+def test_rows_of_this_step_are_taken_out_with_the_gradient_whatever_the_weights_were() -> None:
+    host = new_host()
+    void = call(1)
+    add(host, void)
+    add(host, call(2, trainer="u"))
+    host.replace_state(0, host.fetch(0, (), with_sums=False))
+    assert commit(host, void).voided == 1
+    assert host._banks[0]._summed_rows_E.tolist() == [2, 2, 1]
 
 
 def test_nobody_voids_a_strangers_gradient_or_one_of_a_later_step() -> None:

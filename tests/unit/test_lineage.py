@@ -154,6 +154,18 @@ def test_nobody_else_says_what_we_have_learned() -> None:
     assert forged.capped(3, 0) is forged
 
 
+def test_our_own_rows_are_not_forgotten_however_many_others_claim_to_have_learned_later() -> None:
+    """Rows that we learned afterwards counted from 0: who had seen our first ones took them for those."""
+    mine = Lineage(own=1).plus(1, 10, 3)
+    seen_by_others = mine
+    invented = Lineage({100 + i: Seen(MAX_COUNT, MAX_COUNT) for i in range(MAX_ORIGINS)})
+    met = mine.merged(invented).plus(7, 1, 4).plus(1, 2, 4)
+    assert len(met.seen) == MAX_ORIGINS
+    assert met.rows_of(1) == 12
+    assert met.unseen_by(seen_by_others) >= 2
+    assert Lineage.from_tensor(met.to_tensor(), own=1).merged(invented).rows_of(1) == 12
+
+
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [

@@ -3,118 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from swarms import small_run
+from replicas import ALL, RUN, SHAPE, D, Swarm, assert_close, assert_equal, backward, everything
 from torch import Tensor
 
 from moe_net.client import make_banks
 from moe_net.errors import BusyError, CheckpointError, InputsGoneError
 from moe_net.experts.host import ExpertHost
 from moe_net.experts.replicate import average
-from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure
-from moe_net.types import ExpertId, PeerInfo
-from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitAnswer, CommitCall, RoutedRows
-from moe_net.wire.share import Share, ShareCall, share_from_state
-from moe_peer.sharing import MAX_SKIPPED, MAX_WAIT_S, MIN_WAIT_S, Sharing
+from moe_net.types import ExpertId
+from moe_net.wire.messages import CommitCall
+from moe_net.wire.share import ShareCall, share_from_state
+from moe_peer.sharing import MAX_SKIPPED, MAX_WAIT_S, MIN_WAIT_S
 
-RUN = small_run()
-D, SHAPE = RUN.model.d_model, RUN.model.expert_shape
-ALL = RUN.model.expert_ids
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
-
-
-@dataclass
-class Peer:
-    host: ExpertHost
-    sharing: Sharing
-    asked: int = 0
-
-
-@dataclass
-class Swarm:
-    """Peers that ask each other without a network; `broken` says what a call to one of them meets."""
-
-    peers: dict[str, Peer] = field(default_factory=dict[str, Peer])
-    broken: dict[str, Callable[[], Any]] = field(default_factory=dict[str, Callable[[], Any]])
-    step: int = 0
-
-    def add(self, name: str, *, shares: bool = True) -> ExpertHost:
-        host = ExpertHost(make_banks(RUN, ALL, origin=1 + len(self.peers)))
-
-        async def run(fn: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-            await asyncio.sleep(0)
-            return fn(*arguments, **options)
-
-        self.peers[name] = Peer(host, Sharing(host, run, peer_id=name))
-        if shares:
-            self.peers[name].sharing.begin(self.ask, self.view)
-        return host
-
-    def view(self) -> View:
-        return View(PeerInfo(peer_id=name, address="", experts=peer.host.experts) for name, peer in self.peers.items())
-
-    async def ask(self, peer: PeerInfo, call: ShareCall, *, timeout_s: float) -> Share:
-        there = self.peers[peer.peer_id]
-        there.asked += 1
-        if peer.peer_id in self.broken:
-            await self.broken[peer.peer_id]()
-        try:
-            share = await there.sharing.answer(call, limit_s=timeout_s)
-        except InputsGoneError as error:
-            raise CallError(CallFailure.INPUTS_GONE, peer.peer_id, str(error)) from error
-        state = share.to_state()
-        return share_from_state(state, asked=call.experts, shape=SHAPE)
-
-    async def commit(
-        self, *names: str, void: Mapping[str, tuple[bytes, ...]] | None = None, tokens: int = RUN.global_batch_tokens
-    ) -> list[CommitAnswer]:
-        calls = [CommitCall(trainer="t", step=self.step, tokens=tokens, void=(void or {}).get(n, ())) for n in names]
-        self.step += 1
-        return await asyncio.gather(*(self.peers[n].sharing.commit(c) for n, c in zip(names, calls, strict=True)))
-
-
-def backward(host: ExpertHost, step: int, seed: int, rows: int = 12, trainer: str = "t") -> bytes:
-    """Add the gradient of some rows of layer 0; its call id."""
-    draw = torch.Generator().manual_seed(seed)
-    call = BackwardCall(
-        call_id=(seed + 1).to_bytes(16, "big"), trainer=trainer, step=step, layer=0,
-        grad_RD=torch.randn(rows, D, generator=draw),
-        rows=RoutedRows(
-            x_RD=torch.randn(rows, D, generator=draw),
-            experts_per_row_R=torch.ones(rows, dtype=torch.int32),
-            expert_index_P=torch.randint(0, RUN.model.n_experts - 1, (rows,), generator=draw, dtype=torch.int32),
-            gate_P=torch.ones(rows),
-        ),
-    )  # fmt: skip
-    assert isinstance(host.backward_many([call])[0], BackwardAnswer)
-    return call.call_id
-
-
-def everything(host: ExpertHost) -> dict[str, Tensor]:
-    return {n: v for layer in host.versions for n, v in host.fetch(layer, (), with_sums=False).items()}
-
-
-def assert_equal(a: ExpertHost, b: ExpertHost) -> None:
-    """To the bit, lineages included."""
-    mine, other = everything(a), everything(b)
-    assert mine.keys() == other.keys()
-    for name, value in mine.items():
-        assert torch.equal(value, other[name]), name
-
-
-def assert_close(a: ExpertHost, one: ExpertHost) -> None:
-    mine, other = everything(a), everything(one)
-    for name, value in other.items():
-        if not name.endswith("lineage"):
-            torch.testing.assert_close(mine[name], value, rtol=2e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("names", ["ab", "abc"])
@@ -168,6 +76,30 @@ async def test_our_own_step_is_made_whatever_a_partner_sends() -> None:
     alone.commit(CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens))
     assert answer.stepped
     assert_equal(mine, alone)
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("what", ["step", "shares"])
+async def test_a_step_that_fails_is_over_like_any_other(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stayed in the middle for ever: no replica's state was taken over any more."""
+    swarm = Swarm()
+    mine, other = swarm.add("a"), swarm.add("b")
+    bank = mine._banks[0]
+    backward(mine, 0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(bank._optimizer if what == "step" else bank, what, fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await swarm.commit("a")
+    assert not any(grad.any() for grad in bank._optimizer.grads), "of a batch that is over"
+    assert set(mine.versions[1].values()) == {1}, "the other layer's step is made"
+    for layer in (0, 1):
+        mine.replace_state(layer, other.fetch(layer, (), with_sums=False))
+    backward(mine, 1, 2)
+    assert (await swarm.commit("a"))[0].stepped
+    assert set(mine.versions[0].values()) == {1}, "of the state that it has taken over"
 
 
 async def test_commits_without_tokens_leave_nothing_behind_and_do_not_part_replicas() -> None:
@@ -249,6 +181,27 @@ async def test_a_voided_gradient_is_in_nobodys_step() -> None:
     one.commit(CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens))
     assert_equal(a, b)
     assert_close(a, one)
+
+
+async def test_what_is_taken_out_after_its_step_is_taken_out_of_all_replicas_and_is_of_no_rows() -> None:
+    swarm, one = Swarm(), ExpertHost(make_banks(RUN, ALL, origin=99))
+    a, b = swarm.add("a"), swarm.add("b")
+    backward(b, 0, 3, trainer="u")
+    backward(one, 0, 3, trainer="u")
+    void = backward(a, 0, 4)
+    backward(one, 0, 4)
+    other = CommitCall(trainer="u", step=0, tokens=RUN.global_batch_tokens)
+    await asyncio.gather(*(peer.sharing.commit(other) for peer in swarm.peers.values()))
+    one.commit(other)
+    lineages = a._banks[0].lineages
+    answers = await swarm.commit("a", "b", void={"a": (void,)})
+    assert [answer.voided for answer in answers] == [1, 0]
+    before = one.fetch(0, (0,))["0.0.w_in"]
+    one.commit(CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens, void=(void,)))
+    assert not torch.equal(one.fetch(0, (0,))["0.0.w_in"], before)
+    assert_equal(a, b)
+    assert_close(a, one)
+    assert a._banks[0].lineages == lineages
 
 
 async def test_what_comes_while_replicas_are_asked_belongs_to_the_next_step_and_can_be_voided() -> None:
@@ -406,7 +359,7 @@ def share_state() -> dict[str, Tensor]:
         ({"origin": torch.tensor(0)}, "origin"),
         ({"origin": torch.tensor([5])}, "origin"),
         ({"clock": torch.tensor(-1)}, "clock"),
-        ({"0.1.rows": torch.tensor([0, 0])}, "rows is 0"),
+        ({"0.1.rows": torch.tensor([-1, 0])}, "rows is -1"),
         ({"0.1.rows": torch.tensor([1, -1])}, "after -1"),
         ({"0.1.rows": torch.tensor([1, 2**60])}, "must be"),
         ({"0.1.rows": torch.tensor(1)}, "rows is missing, or not"),

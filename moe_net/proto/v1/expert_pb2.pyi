@@ -537,27 +537,35 @@ Global___LayerExperts: _TypeAlias = LayerExperts  # noqa: Y015
 @_typing.final
 class ShareRequest(_message.Message):
     """The answer's chunks, joined, are one safetensors file: int64 `origin` (see lineage) and `clock` (steps of the run, with
-    this one), and of each expert that had rows `{layer}.{index}.rows`, int64 [2] (of this step, and the origin's before
-    it), and the sums `g_in` and `g_out`.
+    this one), and of each expert that has sums `{layer}.{index}.rows`, int64 [2] (of this step, and the origin's before
+    it), and the sums `g_in` and `g_out`. Of 0 rows are those that only make up for a gradient voided after its step.
+    Or, when steps end at other commits there: no expert, and int64 `committed`, how many tokens were committed towards the
+    next step after the last `commit`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     BATCH_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    COMMIT_FIELD_NUMBER: _builtins.int
     batch: _builtins.bytes
     """which step: SHA-256 of the commits that close it, 32 bytes"""
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]: ...
+    @_builtins.property
+    def commit(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """those commits, of each 8 bytes of a hash, in the order in which they came; 1024 at most"""
+
     def __init__(
         self,
         *,
         batch: _builtins.bytes = ...,
         experts: _abc.Iterable[Global___LayerExperts] | None = ...,
+        commit: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "experts", b"experts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "commit", b"commit", "experts", b"experts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,60 @@
+"""What a call says of itself, and whether that fits together.
+
+R rows, D model width, P (row, expert) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from moe_net.errors import WireError
+from moe_net.experts.callbook import CallFacts
+from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
+
+
+def forward_facts(call: ForwardCall) -> CallFacts:
+    return CallFacts(
+        trainer=call.trainer,
+        step=call.step,
+        layer=call.layer,
+        n_rows=call.rows.x_RD.shape[0],
+        n_pairs=call.rows.expert_index_P.numel(),
+    )
+
+
+def check_twin(call_id: bytes, facts: CallFacts, first: CallFacts) -> None:
+    if not facts.agrees_with(first):
+        raise WireError(f"call_id {call_id.hex()} belongs to another call: {first}, now said to be {facts}")
+
+
+def check_shapes(rows: RoutedRows, d_model: int) -> None:
+    """The cheap half of `wire.validate`, for callers that came without a wire too."""
+    n_pairs = rows.expert_index_P.numel()
+    if rows.x_RD.ndim != 2 or rows.x_RD.shape[1] != d_model:
+        raise WireError(f"x is {list(rows.x_RD.shape)}, the experts have d_model={d_model}")
+    if rows.experts_per_row_R.numel() != rows.x_RD.shape[0] or rows.gate_P.numel() != n_pairs:
+        raise WireError(
+            f"{rows.x_RD.shape[0]} rows have {rows.experts_per_row_R.numel()} counts, "
+            f"{n_pairs} pairs {rows.gate_P.numel()} gates"
+        )
+    if bool((rows.experts_per_row_R < 1).any()):
+        raise WireError("a row without experts: every count of experts_per_row must be at least 1")
+    if int(rows.experts_per_row_R.sum()) != n_pairs:
+        raise WireError(f"experts_per_row sums to {int(rows.experts_per_row_R.sum())}, but there are {n_pairs} pairs")
+
+
+def backward_facts(call: BackwardCall, d_model: int) -> CallFacts:
+    """WireError when its parts do not fit each other, or the experts."""
+    n_rows = call.grad_RD.shape[0]
+    if call.grad_RD.ndim != 2 or call.grad_RD.shape[1] != d_model:
+        raise WireError(f"grad is {list(call.grad_RD.shape)}, the experts have d_model={d_model}")
+    if call.rows is not None and call.rows.x_RD.shape[0] != n_rows:
+        raise WireError(f"grad has {n_rows} rows, the inputs that came with it {call.rows.x_RD.shape[0]}")
+    n_pairs = None if call.rows is None else call.rows.expert_index_P.numel()
+    return CallFacts(trainer=call.trainer, step=call.step, layer=call.layer, n_rows=n_rows, n_pairs=n_pairs)
+
+
+def some(indices: Sequence[int] | Mapping[int, object]) -> str:
+    """The first few, so that a call cannot make its own refusal long."""
+    shown = ", ".join(str(index) for index in list(indices)[:8])
+    return shown if len(indices) <= 8 else f"{shown} and {len(indices) - 8} more"

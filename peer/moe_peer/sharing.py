@@ -210,7 +210,7 @@ class Sharing:
 
     async def answer(self, call: ShareCall, *, limit_s: float | None = None) -> Share:
         """Our part of a step, once we have closed it too, or where we are when we shall not. InputsGoneError: it is
-        over; TimeoutError: not in time."""
+        over, or none of ours; TimeoutError: not in time."""
         async with asyncio.timeout(MAX_WAIT_S if limit_s is None else min(limit_s, MAX_WAIT_S)):
             while self._share is None or call.batch != self._batch:
                 if call.batch in self._over:
@@ -225,10 +225,21 @@ class Sharing:
 
     def _tokens_after(self, commits: Sequence[int]) -> int | None:
         """Committed here after the last of `commits`, when a step has ended among them, so that theirs is none of ours;
-        None as long as it may be, or we have not heard of the last one."""
-        if any(commit in batch for batch in self._ended for commit in commits):
-            return next((batch[commits[-1]] for batch in (self._pending, *self._ended) if commits[-1] in batch), None)
-        return None
+        None as long as it may be, or we have not heard of the last one.
+
+        InputsGoneError when we have not heard just these, one after another: commits that crossed on their way will
+        still come, there or here, and must not be counted twice.
+        """
+        if not any(commit in batch for batch in self._ended for commit in commits):
+            return None
+        tokens_after = {commit: tokens for batch in (*self._ended, self._pending) for commit, tokens in batch.items()}
+        if commits[-1] not in tokens_after:
+            return None
+        heard, named = list(tokens_after), set(commits)
+        places = [place for place, commit in enumerate(heard) if commit in named]
+        if len(named) != len(places) or places[-1] - places[0] >= len(places):
+            raise InputsGoneError("batch: other commits came in between here")
+        return tokens_after[heard[places[-1]]]
 
     async def close(self) -> None:
         """Finish what has begun."""

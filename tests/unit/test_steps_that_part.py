@@ -61,6 +61,29 @@ async def test_who_says_where_its_steps_end_says_so_at_once_and_only_when_it_is_
         await sharing.answer(ShareCall(batch=b"?" * 32, experts=ALL, commits=keys[2:4]), limit_s=0.01)
 
 
+@pytest.mark.parametrize("late", ["a", "b"])
+async def test_commits_that_cross_on_their_way_part_nobody(late: str) -> None:
+    """Each replica hears all of them: who took over how many another had, with one that was still to come, counted that
+    one twice, and made steps of half a batch for a while."""
+    swarm = Swarm()
+    for name in "ab":
+        swarm.add(name)
+        swarm.peers[name].sharing._between_s.append(0.6)
+
+    async def hear(name: str, *calls: tuple[str, int]) -> None:
+        said = (CommitCall(trainer=t, step=step, tokens=RUN.global_batch_tokens // 2) for t, step in calls)
+        await asyncio.gather(*map(swarm.peers[name].sharing.commit, said))
+
+    orders = [("t", 0), ("t", 1), ("u", 0)], [("t", 0), ("u", 0), ("t", 1)]
+    first = asyncio.create_task(hear("b" if late == "a" else "a", *orders[0]))
+    await asyncio.sleep(0.02)  # one has stopped to wait when the other begins to
+    await asyncio.gather(first, hear(late, *orders[1]))
+    for call in [("u", 1), ("t", 2), ("u", 2), ("t", 3)]:
+        await asyncio.gather(hear("a", call), hear("b", call))
+        assert len({peer.host.committed_tokens for peer in swarm.peers.values()}) == 1
+    assert {v for peer in swarm.peers.values() for v in peer.host.versions[0].values()} == {3}
+
+
 async def test_nobody_makes_a_step_due_by_saying_so() -> None:
     swarm = Swarm()
     swarm.add("a")

@@ -347,6 +347,9 @@ class ExpertServer:
         call = codec.decode_backward_call(raw, self._limits, self._matrices)
         if call.rows is not None:
             self._check_inputs(call.layer, call.rows)
+        width = call.grad_RD.shape[1]
+        if width != self._run.model.d_model:  # before a GPU's kernels are made for it: for 2**18 columns over 20 s
+            raise WireError(f"grad: rows of {width} columns, the run has d_model={self._run.model.d_model}")
         return call
 
     def _check_inputs(self, layer: int, rows: RoutedRows) -> None:

@@ -27,10 +27,12 @@ from gpu_peers import device_matrices, rounded_banks
 from torch import Tensor
 
 from moe_net.experts.host import ExpertHost
+from moe_net.kernels.device.matrices import OnDevice
 from moe_net.rpc import grpc_client
 from moe_net.types import Encoding
 from moe_net.wire.messages import BackwardAnswer, CommitCall, ForwardAnswer, ForwardCall
 from moe_peer import server
+from moe_peer.landing import LandedCalls
 from moe_peer.server import ExpertServer
 
 
@@ -108,3 +110,35 @@ async def test_what_is_not_finite_is_refused_and_changes_nothing(encoding: Encod
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert reason.startswith("grad: holds")
         assert not (await client.transport.backward(client.peer, backward_call(sound), timeout_s=60)).repeated
+
+
+@pytest.mark.parametrize("n_columns", [1, 64, 2**21])
+async def test_a_gradient_of_another_width_never_reaches_the_device(
+    n_columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel is made for each width: that takes minutes, or fails, and with it whatever calls run together."""
+    landed: list[Tensor] = []
+    monkeypatch.setattr(OnDevice, "land", lambda _, x_RD: landed.append(x_RD))
+    sound = forward_call(encoding=Encoding.INT8)
+    wide = replace(backward_call(sound), grad_RD=torch.ones(1, n_columns))
+    async with serving_on_device() as (_, client, _):
+        code, reason = await refused(client.stub.Backward(stock_backward(wide), timeout=60))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert reason == f"grad: rows of {n_columns} columns, the run has d_model={RUN.model.d_model}"
+        assert not landed
+
+
+@pytest.mark.parametrize("what", ["forward_many", "backward_many"])
+def test_nothing_is_on_its_way_when_an_error_lets_the_messages_go(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = ExpertHost(rounded_banks(RUN, HOSTED))
+    matrices = device_matrices(host.device, host.compute_dtype)
+    finished: list[str] = []
+
+    def fails(_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(host, what, fails)
+    monkeypatch.setattr(matrices, "finish", lambda: finished.append(what))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        getattr(LandedCalls(host, matrices), what)([])
+    assert finished == [what]

@@ -54,8 +54,10 @@ class Lineage:
         return Lineage(_newest([*self.seen.items(), *other.seen.items()], self.own), self.own)
 
     def unseen_by(self, other: Lineage) -> int:
-        """Rows that are in here and not there."""
-        return sum(max(0, self.rows_of(origin) - other.rows_of(origin)) for origin in self.merged(other).seen)
+        """Rows that are in here and not there; of those that learned last, our own too only if we are one of them: an
+        idle replica's rows would count for ever against all who have long seen and forgotten them."""
+        asked = _newest([*self.seen.items(), *other.seen.items()], 0)
+        return sum(max(0, self.rows_of(origin) - other.rows_of(origin)) for origin in asked)
 
     def capped(self, origin: int, rows: int) -> Lineage:
         """With no more than `rows` of `origin`: who is that origin knows better than any stranger."""

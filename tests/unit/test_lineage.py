@@ -166,6 +166,18 @@ def test_our_own_rows_are_not_forgotten_however_many_others_claim_to_have_learne
     assert Lineage.from_tensor(met.to_tensor(), own=1).merged(invented).rows_of(1) == 12
 
 
+def test_an_idle_replica_does_not_outweigh_those_who_have_seen_and_forgotten_its_rows() -> None:
+    idle = Lineage(own=1).plus(1, 10**6, 100)
+    busy = Lineage(idle.seen, own=100)
+    for i in range(MAX_ORIGINS + 1):
+        busy = busy.plus(100 + i, 1000, 200 + i)
+    assert busy.rows_of(1) == 0
+    idle_sent, busy_sent = (Lineage.from_tensor(lineage.to_tensor()) for lineage in (idle, busy))
+    assert share_of_other(idle, busy_sent, 100, 232) == 1.0
+    assert share_of_other(busy, idle_sent, 232, 100) == 0.0
+    assert idle.plus(1, 5, 233).unseen_by(busy) > 0
+
+
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [

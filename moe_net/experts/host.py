@@ -232,15 +232,15 @@ class ExpertHost:
         merged = merge(parts)
         grads = [calls[part.position].grad_RD for part in parts]
         grad_RD = grads[0] if len(grads) == 1 else torch.cat(grads)
-        if accumulate:
+        dx_RD, dgate_RK = bank.backward(
+            grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, saved, accumulate=accumulate
+        )
+        if accumulate:  # not of one that has raised: what was never added must not be taken out
             self._dispatches += 1
             for part, grad in zip(parts, grads, strict=True):
                 n_bytes = _rows_bytes(part.rows) + grad.nbytes
                 call_id = calls[part.position].call_id
                 self._journal.add(call_id, part.facts, part.rows, grad, n_bytes, dispatch=self._dispatches)
-        dx_RD, dgate_RK = bank.backward(
-            grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, saved, accumulate=accumulate
-        )
         if len(parts) > 1 or merged.filled_RK is not None:
             bank.finish()  # they are looked at here
         dgate_P = dgate_RK.reshape(-1) if merged.filled_RK is None else dgate_RK[merged.filled_RK]

@@ -229,6 +229,25 @@ def test_rows_of_this_step_are_taken_out_with_the_gradient_whatever_the_weights_
     assert host._banks[0]._summed_rows_E.tolist() == [2, 2, 1]
 
 
+def test_what_could_not_be_added_is_not_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums got its negative, and rows were counted below zero, which lineages and shares then named."""
+    host = new_host()
+    bank, lost = host._banks[0], call(1)
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bank, "backward", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            host.backward_many([lost])
+    host.replace_state(0, host.fetch(0, (), with_sums=False))
+    answer = commit(host, lost)
+    assert (answer.voided, answer.void_failed) == (0, 1)
+    assert bank._summed_rows_E.tolist() == [0, 0, 0]
+    assert not sums(host).any()
+
+
 def test_nobody_voids_a_strangers_gradient_or_one_of_a_later_step() -> None:
     host = new_host()
     theirs, later, unknown = call(1, trainer="u"), call(2, step=5), call(3)

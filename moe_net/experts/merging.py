@@ -24,7 +24,7 @@ class Part:
     facts: CallFacts
     rows: RoutedRows
     slot_P: Tensor
-    """int64; -1: not hosted here."""
+    """int32; -1: not hosted here."""
     missing: tuple[int, ...]
     """Experts not hosted here."""
 

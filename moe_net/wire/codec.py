@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_net.errors import WireError
+from moe_net.errors import LimitError, WireError
 from moe_net.proto.v1 import expert_pb2, tensor_pb2
 from moe_net.types import Encoding, ExpertId
 from moe_net.wire import compress
@@ -34,7 +34,7 @@ from moe_net.wire.messages import (
     ForwardCall,
     RoutedRows,
 )
-from moe_net.wire.share import BATCH_BYTES, MAX_COMMITS, ShareCall
+from moe_net.wire.share import BATCH_BYTES, MAX_COMMITS, MAX_SHARED_EXPERTS, ShareCall
 from moe_net.wire.validate import (
     Limits,
     check_call_id,
@@ -328,6 +328,9 @@ def decode_share_call(data: bytes | memoryview, limits: Limits | None = None) ->
         raise WireError(f"batch: {len(message.batch)} bytes, must be {BATCH_BYTES}")
     if len(message.commit) > MAX_COMMITS:
         raise WireError(f"commit: {len(message.commit)}, at most {MAX_COMMITS} are named")
+    n_experts = sum(len(part.expert_index) for part in message.experts)
+    if n_experts > MAX_SHARED_EXPERTS:
+        raise LimitError(f"experts: {n_experts}, the limit is {MAX_SHARED_EXPERTS}")
     experts = {ExpertId(part.layer, index) for part in message.experts for index in part.expert_index}
     return ShareCall(batch=message.batch, experts=tuple(sorted(experts)), commits=tuple(message.commit))
 

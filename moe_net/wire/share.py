@@ -20,6 +20,8 @@ _HEADER_BYTES, _ENTRY_BYTES = 64 * 1024, 256
 
 MAX_COMMITS = 1024
 """Of a batch that are named; of more, the last ones."""
+MAX_SHARED_EXPERTS = 8192
+"""Of a call: twice those of a large swarm, and 0.07 s of the loop; 256 KiB of them would take 0.7."""
 MAX_NORM = 1e15
 """Of a share. The squares of many add up to what fp32 holds."""
 

@@ -146,6 +146,8 @@ class Batcher:
         """Bytes of their tensors."""
         self.reserved_bytes = 0
         """Of messages that still come in pieces, wait to be decoded, or are."""
+        self._coming_bytes = 0
+        """Of those among them that come in pieces."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -202,14 +204,26 @@ class Batcher:
             )
 
     @contextmanager
-    def reserving(self, n_bytes: int, *, timeout_s: float | None = None) -> Generator[None]:
-        """Room for a message until it is read, and joins the queue as a call; BusyError as `check_room`."""
+    def reserving(self, n_bytes: int, *, timeout_s: float | None = None, coming: bool = False) -> Generator[None]:
+        """Room for a message until it is read, and joins the queue as a call; BusyError as `check_room`.
+
+        `coming`: its sender takes the time it likes. All of those hold at most half of the queue's bytes, so that the
+        slowest of them leave room for calls that are there.
+        """
+        if coming and self._coming_bytes and self._coming_bytes + n_bytes > self._max_queue_bytes // 2:
+            raise BusyError(
+                f"{self._coming_bytes / 2**20:.1f} MiB are coming in pieces, at most half of "
+                f"{self._max_queue_bytes / 2**20:.0f} MiB may; this call has {n_bytes} bytes",
+                queue_s=self.expected_wait_s,
+            )
         self.check_room(n_bytes, timeout_s=timeout_s)
         self.reserved_bytes += n_bytes
+        self._coming_bytes += n_bytes * coming
         try:
             yield
         finally:
             self.reserved_bytes -= n_bytes
+            self._coming_bytes -= n_bytes * coming
 
     async def _join(
         self, kind: Kind, call: Call, n_rows: int, n_bytes: int, has_inputs: bool, timeout_s: float | None

@@ -270,7 +270,8 @@ class ExpertServer:
         with ExitStack() as room:
 
             def admit(n_bytes: int) -> None:  # now, not when its bytes have been sent in vain
-                room.enter_context(self._batcher.reserving(n_bytes, timeout_s=context.time_remaining()))
+                reserving = self._batcher.reserving(n_bytes, timeout_s=context.time_remaining(), coming=True)
+                room.enter_context(reserving)
 
             reader = PieceReader(self._limits, admit, self._matrices.room)
             async with asyncio.timeout(limit_s):

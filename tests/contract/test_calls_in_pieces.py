@@ -206,13 +206,31 @@ async def test_what_will_come_in_pieces_is_counted_once_from_the_first_one_until
         ):
             code, details = await refused(late)
             assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert "this call has 0 rows" in details, "refused before it is read"
+            assert "this call has 0 rows" in details or "are coming in pieces" in details, "refused before it is read"
         assert host.calls == 0
         await way_out(server, stream, rest)
         await reserved(server, 0)
         assert host.calls == (way_out is send_the_rest)
         # As large a one again has room, alone.
         await client.transport.forward(client.peer, forward_call(n_rows=ROWS), timeout_s=30)
+
+
+async def test_what_comes_slowly_in_pieces_leaves_room_for_calls_that_are_there() -> None:
+    first, *_ = stock_pieces(stock_forward(forward_call(n_rows=ROWS)))
+    async with serving(max_queue_bytes=4 * first.total_bytes) as (server, client):
+        coming = [client.stub.ForwardInPieces(timeout=30) for _ in range(2)]
+        for stream in coming:
+            await stream.write(first)
+        await reserved(server, 2 * first.total_bytes)
+        third = client.stub.ForwardInPieces(iter([first]), timeout=30)
+        code, details = await refused(third.read())
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "are coming in pieces, at most half of" in details
+        whole = await client.stub.Forward(stock_forward(forward_call(n_rows=ROWS)), timeout=30)
+        assert whole.y.rows == ROWS
+        for stream in coming:
+            stream.cancel()
+        await reserved(server, 0)
 
 
 @pytest.mark.usefixtures("everything_in_pieces")

@@ -25,7 +25,7 @@ from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.grpc_client import SERVICE, GrpcTransport
 from moe_net.types import ExpertId, PeerInfo
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitCall, RoutedRows
-from moe_net.wire.share import MAX_COMMITS, ShareCall, commit_key, max_share_bytes
+from moe_net.wire.share import MAX_COMMITS, MAX_SHARED_EXPERTS, ShareCall, commit_key, max_share_bytes
 from moe_net.wire.snapshot import pack
 from moe_peer.server import ExpertServer
 
@@ -130,8 +130,8 @@ async def test_a_replica_whose_steps_end_at_other_commits_says_where_it_is() -> 
         assert (share.experts, share.committed_tokens) == ({}, calls[2].tokens)
 
 
-def request(batch: bytes = BATCH, layer: int = 1, n_commits: int = 0) -> bytes:
-    experts = [expert_pb2.LayerExperts(layer=layer, expert_index=[0, 1])]
+def request(batch: bytes = BATCH, layer: int = 1, n_commits: int = 0, n_experts: int = 2) -> bytes:
+    experts = [expert_pb2.LayerExperts(layer=layer, expert_index=range(n_experts))]
     return expert_pb2.ShareRequest(batch=batch, experts=experts, commit=range(n_commits)).SerializeToString()
 
 
@@ -142,6 +142,7 @@ def request(batch: bytes = BATCH, layer: int = 1, n_commits: int = 0) -> bytes:
         (request(batch=b""), StatusCode.INVALID_ARGUMENT),
         (request(batch=bytes(33)), StatusCode.INVALID_ARGUMENT),
         (request(n_commits=MAX_COMMITS + 1), StatusCode.INVALID_ARGUMENT),
+        (request(n_experts=MAX_SHARED_EXPERTS + 1), StatusCode.OUT_OF_RANGE),
         (request(), StatusCode.DEADLINE_EXCEEDED),
     ],
 )

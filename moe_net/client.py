@@ -28,15 +28,21 @@ from moe_net.types import Encoding, ExpertId, PeerInfo
 
 
 def make_banks(
-    run: RunConfig, experts: Sequence[ExpertId], *, device: str = "cpu", origin: int = 0
+    run: RunConfig,
+    experts: Sequence[ExpertId],
+    *,
+    device: str = "cpu",
+    compute_dtype: torch.dtype | None = None,
+    origin: int = 0,
 ) -> dict[int, ExpertBank]:
     """Fresh experts of a run, one bank per layer; the same weights wherever they are made. `origin`: a number of the
     process's own, when there are to be replicas (see `experts.lineage`).
 
-    On a CUDA device they compute in bf16, or in fp16 where the device has no bf16.
+    Unless `compute_dtype` says otherwise they compute in fp32, on a CUDA device in bf16, or in fp16 where that has no
+    bf16.
     """
-    dtype = torch.float32
-    if device.startswith("cuda"):
+    dtype = compute_dtype or torch.float32
+    if compute_dtype is None and device.startswith("cuda"):
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     banks: dict[int, ExpertBank] = {}
     for layer in sorted({expert.layer for expert in experts}):

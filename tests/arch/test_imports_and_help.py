@@ -116,7 +116,8 @@ def broad_handlers(tree: ast.AST) -> list[int]:
             kind is None or (isinstance(kind, ast.Name) and kind.id in {"Exception", "BaseException"}) for kind in kinds
         )
         raised = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
-        if broad and not raised and not handed_on(node, tree):
+        left = any(isinstance(part, ast.Return | ast.Break | ast.Continue) for part in ast.walk(node))
+        if broad and (left or not (raised or handed_on(node, tree))):
             lines.append(node.lineno)
     return lines
 
@@ -132,6 +133,8 @@ def test_the_search_for_broad_handlers_finds_them() -> None:
     assert broad_handlers(ast.parse("try:\n  pass\nexcept:\n  pass\n")) == [3]
     assert broad_handlers(ast.parse("try:\n  pass\nexcept Exception as e:\n  f.set_exception(e)\n")) == []
     assert broad_handlers(ast.parse("try:\n  pass\nexcept Exception as e:\n  log.error(e)\n")) == [3]
+    for body in ("if x:\n    return\n  raise", "if x:\n    return\n  f.set_exception(e)"):
+        assert broad_handlers(ast.parse(f"try:\n  pass\nexcept Exception as e:\n  {body}\n")) == [3], body
     # Only now and then; another error; to nobody's future.
     for body in ("if x:\n    f.set_exception(e)", "f.set_exception(x)", "loop.call_soon_threadsafe(log.error, e)"):
         assert broad_handlers(ast.parse(f"try:\n  pass\nexcept Exception as e:\n  {body}\n")) == [3], body

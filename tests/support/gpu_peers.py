@@ -16,22 +16,7 @@ from moe_net.wire.matrices import Matrices
 
 
 def rounded_banks(run: RunConfig, experts: Sequence[ExpertId]) -> dict[int, ExpertBank]:
-    if DEVICE == "cuda":
-        return make_banks(run, experts, device="cuda")
-    return {
-        layer: ExpertBank(
-            layer=layer,
-            indices=[expert.index for expert in experts if expert.layer == layer],
-            shape=run.model.expert_shape,
-            optimizer=run.optimizer,
-            global_batch_tokens=run.global_batch_tokens,
-            run=run.name,
-            seed=run.seed,
-            init_std=run.model.init_std,
-            compute_dtype=torch.bfloat16,
-        )
-        for layer in sorted({expert.layer for expert in experts})
-    }
+    return make_banks(run, experts, device=DEVICE, compute_dtype=torch.bfloat16)
 
 
 def device_matrices(_device: torch.device, dtype: torch.dtype) -> Matrices:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from moe_net.errors import WireError
 from moe_net.experts.callbook import CallFacts
 from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
@@ -37,10 +39,12 @@ def check_shapes(rows: RoutedRows, d_model: int) -> None:
             f"{rows.x_RD.shape[0]} rows have {rows.experts_per_row_R.numel()} counts, "
             f"{n_pairs} pairs {rows.gate_P.numel()} gates"
         )
-    if bool((rows.experts_per_row_R < 1).any()):
+    count_R = rows.experts_per_row_R.numpy()  # for torch's operators on small arrays cost several times as much
+    if count_R.size and int(count_R.min()) < 1:
         raise WireError("a row without experts: every count of experts_per_row must be at least 1")
-    if int(rows.experts_per_row_R.sum()) != n_pairs:
-        raise WireError(f"experts_per_row sums to {int(rows.experts_per_row_R.sum())}, but there are {n_pairs} pairs")
+    total = int(count_R.sum(dtype=np.int64))
+    if total != n_pairs:
+        raise WireError(f"experts_per_row sums to {total}, but there are {n_pairs} pairs")
 
 
 def backward_facts(call: BackwardCall, d_model: int) -> CallFacts:

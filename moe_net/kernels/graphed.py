@@ -40,6 +40,11 @@ class _Kept:
         self.copies: list[Tensor] | None = None
 
 
+def _filled(buffer_BX: Tensor, n_tokens: int) -> Tensor:
+    """The rows of a call; a view of all is not made, for launches wait for it."""
+    return buffer_BX if n_tokens == buffer_BX.shape[0] else buffer_BX[:n_tokens]
+
+
 class _Bucket:
     """Static inputs and outputs of one (tokens, choices), and the graphs between them."""
 
@@ -81,11 +86,11 @@ class _Bucket:
         if previous is not None and previous is not owner:
             previous.copies = [value.clone() for value in self._kept]
         n_tokens = x_TD.shape[0]
-        self.x_BD[:n_tokens].copy_(x_TD, non_blocking=True)
-        self.ids_BK[:n_tokens].copy_(ids_TK, non_blocking=True)
+        _filled(self.x_BD, n_tokens).copy_(x_TD, non_blocking=True)
+        _filled(self.ids_BK, n_tokens).copy_(ids_TK, non_blocking=True)
         if n_tokens < self.ids_BK.shape[0]:
             self.ids_BK[n_tokens:].fill_(-1)
-        self.gates_BK[:n_tokens].copy_(gates_TK, non_blocking=True)
+        _filled(self.gates_BK, n_tokens).copy_(gates_TK, non_blocking=True)
         self._owner = None if owner is None else weakref.ref(owner)
 
     def holds(self, kept: _Kept) -> bool:
@@ -162,7 +167,7 @@ class GraphedExperts:
         kept = _Kept(bucket) if keep else None
         bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
         bucket.forward_graph()
-        y_TD = bucket.y_BD[: x_TD.shape[0]].clone()
+        y_TD = _filled(bucket.y_BD, x_TD.shape[0]).clone()
         return y_TD, Saved(NAME, kept, bucket.h_PH, static=True) if keep else None
 
     def backward(
@@ -178,6 +183,7 @@ class GraphedExperts:
             bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
             bucket.restore(kept)
         n_tokens = dy_TD.shape[0]
-        bucket.dy_BD[:n_tokens].copy_(dy_TD, non_blocking=True)
+        _filled(bucket.dy_BD, n_tokens).copy_(dy_TD, non_blocking=True)
         bucket.backward_graph()
-        return bucket.dx_BD[:n_tokens].clone(), bucket.dgates_BK[:n_tokens].clone().to(gates_TK.dtype), bucket.new
+        dx_TD, dgates_TK = (_filled(value, n_tokens).clone() for value in (bucket.dx_BD, bucket.dgates_BK))
+        return dx_TD, dgates_TK.to(gates_TK.dtype), bucket.new

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from moe_net.wire.messages import RoutedRows
 
 Int32Array = npt.NDArray[np.int32]
 
+FEW_EXPERTS = 4
+"""Of a row: compared pair by pair."""
 CALL_ID_BYTES = 16
 MAX_TRAINER_BYTES = 128
 
@@ -92,10 +95,16 @@ def check_routing(rows: int, count_R: Int32Array, index_P: Int32Array, gates: in
     if int(index_P.min()) < 0:
         raise WireError(f"expert_index: {int(index_P.min()) & 0xFFFFFFFF} is no index of an expert")
     if highest > 1:
-        _check_no_duplicates(count_R, index_P)
+        _check_no_duplicates(count_R, index_P, highest)
 
 
-def _check_no_duplicates(count_R: Int32Array, index_P: Int32Array) -> None:
+def _check_no_duplicates(count_R: Int32Array, index_P: Int32Array, highest: int) -> None:
+    if count_R.size * highest == index_P.size and highest <= FEW_EXPERTS:
+        # As top-k routing to one server gives; 2048 rows of 2: 24 -> 4 us.
+        index_RK = index_P.reshape(-1, highest)
+        pairs = combinations(range(highest), 2)
+        if not any((index_RK[:, first] == index_RK[:, second]).any() for first, second in pairs):
+            return
     # (row, expert) as one number: after sorting, equal pairs are neighbours. 16 bytes per pair, for a moment.
     key_P = np.repeat(np.arange(count_R.size, dtype=np.int64) << 32, count_R)
     key_P |= index_P

@@ -48,18 +48,18 @@ def payloads(task: Task) -> Step:
     x_N, dy_N = (
         matrices.write(matrices.ship(rows_TD, Encoding.INT8), Encoding.INT8) for rows_TD in (task.x_TD, task.dy_TD)
     )
-    matrices.finish()
+    matrices.arrival().synchronize()
 
     def step() -> tuple[torch.Tensor | None, ...]:
         x_TD = matrices.land(matrices.read(x_N, n_rows, width, Encoding.INT8, "x"))
         y_TD, saved = experts.forward(x_TD, task.ids_TK, task.gates_TK, keep=True)
         sent = matrices.ship(y_TD, Encoding.INT8)
-        matrices.finish()
+        matrices.arrival().synchronize()
         matrices.write(sent, Encoding.INT8)
         dy_TD = matrices.land(matrices.read(dy_N, n_rows, width, Encoding.INT8, "dy"))
         dx_TD, dgates_TK, _ = experts.backward(dy_TD, x_TD, task.ids_TK, task.gates_TK, saved)
         sent = matrices.ship(dx_TD, Encoding.INT8)
-        matrices.finish()
+        matrices.arrival().synchronize()
         matrices.write(sent, Encoding.INT8)
         return y_TD, dx_TD, dgates_TK, None, None
 
@@ -127,9 +127,9 @@ def one_by_one(task: Task) -> Step:
 
     def step() -> tuple[torch.Tensor | None, ...]:
         forward, backward = calls.next()
-        answer = experts.forward_many([codec.decode_forward_call(forward, limits, matrices)])[0]
+        answer = experts.forward_many([codec.decode_forward_call(forward, limits, matrices)]).result()[0]
         codec.forward_answer_parts(answer, matrices)
-        back = experts.backward_many([codec.decode_backward_call(backward, limits, matrices)])[0]
+        back = experts.backward_many([codec.decode_backward_call(backward, limits, matrices)]).result()[0]
         codec.backward_answer_parts(back, matrices)
         dgates_TK = back.gate_grad_P.view(task.gates_TK.shape).to(device)
         return answer.y_RD.payload.source, back.dx_RD.payload.source, dgates_TK, None, None

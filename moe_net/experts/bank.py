@@ -174,7 +174,7 @@ class ExpertBank:
         if self._graphed is not None and self._graphed.takes(x, slots_RK):
             y_RD, kernel = self._graphed.forward(x, self._pinned(slots_RK), self._pinned(gates_RK), keep=keep)
         else:
-            slots, gates = self._put(slots_RK, gates_RK)
+            slots, gates = self.put(slots_RK), self.put(gates_RK)
             y_RD, kernel = moe_ffn_forward(x, slots, gates, self._compute, keep=keep)
         return y_RD.to(x_RD), BankSaved(kernel, self._generation) if keep else None
 
@@ -187,19 +187,21 @@ class ExpertBank:
         """On the bank's device, in the dtype it computes in."""
         return x_RD.to(self.device, self._compute.w_in_EDH.dtype, non_blocking=True)
 
-    def _put(self, *values_R: Tensor) -> list[Tensor]:
-        return [value.to(self.device, non_blocking=True) for value in values_R]
+    def put(self, value_R: Tensor) -> Tensor:
+        """Where the experts are."""
+        return value_R.to(self.device, non_blocking=True)
 
     def _pinned(self, value_RK: Tensor) -> Tensor:
         """From where it goes into a graph's buffers while the host goes on."""
-        return value_RK.pin_memory() if value_RK.device.type == "cpu" and self.device.type == "cuda" else value_RK
+        if value_RK.device.type != "cpu" or self.device.type != "cuda":
+            return value_RK
+        return torch.empty(value_RK.shape, dtype=value_RK.dtype, pin_memory=True).copy_(value_RK)
 
-    def _fetched(self, value_RK: Tensor, like_RK: Tensor) -> Tensor:
-        """Of the dtype of `like` and where it is; without waiting for a GPU."""
-        if value_RK.device == like_RK.device or like_RK.device.type != "cpu":
-            return value_RK.to(like_RK)
-        fetched_RK = torch.empty(value_RK.shape, dtype=like_RK.dtype, pin_memory=True)
-        return fetched_RK.copy_(value_RK, non_blocking=True)
+    def fetched(self, value_R: Tensor) -> Tensor:
+        """On the CPU; of what comes from a GPU the values are there after `finish`."""
+        if value_R.device.type == "cpu":
+            return value_R
+        return torch.empty(value_R.shape, dtype=value_R.dtype, pin_memory=True).copy_(value_R, non_blocking=True)
 
     def backward(
         self,
@@ -211,8 +213,8 @@ class ExpertBank:
         *,
         accumulate: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """(dx [R, D], dgates [R, K]) of the same forward, where x and gates are; adds to the experts' gradient sums
-        unless told not to. Of rows on a GPU dgates too are there only after `finish`.
+        """(dx [R, D] where x is, dgates [R, K] where the experts are) of the same forward; adds to the experts'
+        gradient sums unless told not to.
 
         Of a `saved` that is older than the weights nothing is used: all gradients belong to the weights of now.
         """
@@ -224,13 +226,12 @@ class ExpertBank:
             slots, gates = self._pinned(slots_RK), self._pinned(gates_RK)
             dx_RD, dgates_RK, _ = self._graphed.backward(dy, x, slots, gates, kernel)
         else:
-            slots, gates = self._put(slots_RK, gates_RK)
+            slots, gates = self.put(slots_RK), self.put(gates_RK)
             sums = self._optimizer.grads if accumulate else None
             dx_RD, dgates_RK = moe_ffn_backward(dy, x, slots, gates, self._compute, kernel, weight_grads=sums)
         if accumulate:  # while the device works
             self._summed_rows_E += self._rows_by_slot(slots_RK)
-        dgates_RK = self._fetched(dgates_RK, gates_RK)
-        return dx_RD.to(x_RD), dgates_RK
+        return dx_RD.to(x_RD), dgates_RK.to(gates_RK.dtype)
 
     def subtract(self, dy_RD: Tensor, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor) -> None:
         """Take a gradient that was added out of the sums, as it would be at the weights of now: exact up to rounding
@@ -252,7 +253,8 @@ class ExpertBank:
         self._made_up_E.zero_()
 
     def _rows_by_slot(self, slots_RK: Tensor) -> Tensor:
-        return torch.bincount(slots_RK.reshape(-1) + 1, minlength=len(self.indices) + 1)[1:].cpu()
+        counts = np.bincount(slots_RK.cpu().numpy().reshape(-1) + 1, minlength=len(self.indices) + 1)
+        return torch.from_numpy(counts[1:])
 
     def commit(self, tokens: int) -> bool:
         """Count `tokens` whose gradients are complete; True if that was the batch, and the experts made their step."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -241,9 +242,9 @@ class ExpertHost:
                 n_bytes = _rows_bytes(part.rows) + grad.nbytes
                 call_id = calls[part.position].call_id
                 self._journal.add(call_id, part.facts, part.rows, grad, n_bytes, dispatch=self._dispatches)
-        if len(parts) > 1 or merged.filled_RK is not None:
-            bank.finish()  # they are looked at here
-        dgate_P = dgate_RK.reshape(-1) if merged.filled_RK is None else dgate_RK[merged.filled_RK]
+        dgate_P = dgate_RK.reshape(-1)
+        if merged.filled_RK is not None:  # by position: of a mask on a GPU the host would have to know the size
+            dgate_P = dgate_P[bank.put(merged.filled_RK.reshape(-1).nonzero().flatten())]
         versions = bank.versions
         dx_by_part = split(dx_RD, [part.facts.n_rows for part in parts])
         dgate_by_part = split(dgate_P, [part.slot_P.numel() for part in parts])
@@ -254,13 +255,15 @@ class ExpertHost:
                 dx, dgate = dx.clone(), dgate.clone()
             answer = BackwardAnswer(
                 dx_RD=dx,
-                gate_grad_P=dgate,
+                gate_grad_P=bank.fetched(dgate),
                 repeated=not accumulate,
                 versions=_versions_of(part, bank, versions),
                 encoding=call.reply_encoding,
             )
             answers[part.position] = answer
             self._book.store_reply(call.call_id, answer, dx.nbytes + dgate.nbytes)
+        if dx_RD.device != bank.device:
+            bank.finish()
 
     def commit(self, call: CommitCall) -> CommitAnswer:
         """Take out what went to other replicas, close the trainer's step, count its tokens in every expert; these step
@@ -438,8 +441,8 @@ class ExpertHost:
         check_shapes(rows, self.shape.d_model)
         slot_P = bank.slots(rows.expert_index_P)
         missing: tuple[int, ...] = ()
-        gone_P = slot_P < 0
-        if bool(gone_P.any()):
+        if slot_P.numel() and int(slot_P.numpy().min()) < 0:
+            gone_P = slot_P < 0
             missing = tuple(torch.unique(rows.expert_index_P[gone_P]).tolist())
             if bool(gone_P.all()):
                 raise UnknownExpertError(
@@ -449,8 +452,8 @@ class ExpertHost:
 
 
 def _versions_of(part: Part, bank: ExpertBank, versions: Mapping[int, int]) -> dict[int, int]:
-    slot_P = part.slot_P if not part.missing else part.slot_P[part.slot_P >= 0]
-    ran = torch.bincount(slot_P, minlength=len(bank.indices)).nonzero().flatten().tolist()
+    slot_P = part.slot_P.numpy()
+    ran = np.bincount(slot_P[slot_P >= 0] if part.missing else slot_P).nonzero()[0].tolist()
     return {bank.indices[slot]: versions[bank.indices[slot]] for slot in ran}
 
 

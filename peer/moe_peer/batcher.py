@@ -14,15 +14,16 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any, Self, cast
 
-from moe_net.errors import BusyError, MoeNetError
+from moe_net.errors import BusyError
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall
-from moe_peer.device import DeviceThread
+from moe_peer.device import DeviceThread, Later
 
 Call = ForwardCall | BackwardCall
 Answer = ForwardAnswer | BackwardAnswer
-Handler = Callable[[Sequence[Any]], Sequence[Any]]
+Handler = Callable[[Sequence[Any]], Sequence[Any] | Later[Sequence[Any]]]
 
 
 class Kind(StrEnum):
@@ -110,14 +111,18 @@ class Batcher:
         self,
         device: DeviceThread,
         *,
-        forward_many: Callable[[Sequence[ForwardCall]], Sequence[ForwardAnswer | MoeNetError]],
-        backward_many: Callable[[Sequence[BackwardCall]], Sequence[BackwardAnswer | MoeNetError]],
+        forward_many: Handler,
+        backward_many: Handler,
         max_batch_rows: int = 2048,
         max_queue_rows: int = 65_536,
         max_queue_bytes: int = 256 * 2**20,
+        max_running: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_queue_*` bound what waits, not what runs; one call always fits an empty queue.
+        """`forward_many` and `backward_many` answer calls of one layer: each by its answer, or an error.
+
+        `max_queue_*` bound what waits, not what runs; one call always fits an empty queue. `max_running` batches are
+        with the device at once, which makes them one after another.
 
         `max_batch_rows`: merging saves passes over the weights and costs the pre-activations (see `ExpertHost`).
         Forward and backward of 4 calls, one by one / merged, in ms on one core: D 128, F 128, 8 experts: 4 x 16 rows
@@ -125,8 +130,8 @@ class Batcher:
         """
         self._device = device
         self._handlers: dict[Kind, Handler] = {
-            Kind.FORWARD: cast(Handler, forward_many),
-            Kind.BACKWARD: cast(Handler, backward_many),
+            Kind.FORWARD: forward_many,
+            Kind.BACKWARD: backward_many,
         }
         self._max_batch_rows = max_batch_rows
         self._max_queue_rows = max_queue_rows
@@ -134,12 +139,15 @@ class Batcher:
         self._clock = clock
         self._queues: OrderedDict[tuple[int, Kind], _Queue] = OrderedDict()
         self._flights: dict[tuple[object, ...], _Job] = {}
-        self._running: asyncio.Future[Sequence[Any]] | None = None
+        self._max_running = max_running
+        self._n_running = 0
+        self._finished_s = 0.0
+        """When the last batch was, by the clock."""
         self._stopped = False
         self._row_times = {kind: RowTime() for kind in Kind}
         self._waiting_rows = dict.fromkeys(Kind, 0.0)
         self._running_until_s = 0.0
-        """When what runs should be done, by the clock."""
+        """When all that runs should be done, by the clock."""
         self.queue_rows = 0
         """Rows waiting now."""
         self.queue_bytes = 0
@@ -180,7 +188,7 @@ class Batcher:
     def expected_wait_s(self) -> float:
         """What a call that came now would wait: the rest of what runs, and every row that waits."""
         wait_s = sum(rows * self._row_times[kind].s_per_row for kind, rows in self._waiting_rows.items())
-        if self._running is not None:
+        if self._n_running:
             wait_s += max(0.0, self._running_until_s - self._clock())
         return wait_s
 
@@ -298,20 +306,24 @@ class Batcher:
         job.settle(TimeoutError(f"the deadline passed after {waited_s:.3f} s in the queue; nothing was computed"))
 
     def _pump(self) -> None:
-        """Give the device the next batch, if it is idle and something waits."""
-        if self._running is not None or self._stopped:
-            return
-        kind, batch = self._next_batch()
-        if batch:
-            started_s = self._clock()
+        """Give the device the next batches, if it has too few and something waits."""
+        while self._n_running < self._max_running and not self._stopped:
+            kind, batch = self._next_batch()
+            if not batch:
+                return
+            given_s = self._clock()
             counted_rows = sum(job.counted_rows for job in batch)
-            self._running_until_s = started_s + counted_rows * self._row_times[kind].s_per_row
-            self._running = self._device.submit(self._handlers[kind], [job.call for job in batch])
-            self._running.add_done_callback(lambda work: self._finished(work, kind, batch, started_s))
+            begins_s = max(given_s, self._running_until_s) if self._n_running else given_s
+            self._running_until_s = begins_s + counted_rows * self._row_times[kind].s_per_row
+            self._n_running += 1
+            work = self._device.submit(self._handlers[kind], [job.call for job in batch])
+            work.add_done_callback(partial(self._finished, kind=kind, batch=batch, given_s=given_s))
 
-    def _finished(self, work: asyncio.Future[Sequence[Any]], kind: Kind, batch: list[_Job], started_s: float) -> None:
-        self._running = None
-        took_s = self._clock() - started_s
+    def _finished(self, work: asyncio.Future[Sequence[Any]], *, kind: Kind, batch: list[_Job], given_s: float) -> None:
+        self._n_running -= 1
+        # It had to wait for the one before it.
+        started_s, self._finished_s = max(given_s, self._finished_s), self._clock()
+        took_s = self._finished_s - started_s
         compute_us = _microseconds(took_s)
         if work.cancelled():
             results: Sequence[Any] = [BusyError("this peer is stopping")] * len(batch)

@@ -5,12 +5,33 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast
 
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
+LaterT = TypeVar("LaterT", covariant=True)
+
+POLL_S = 20e-6
+"""Between two looks at a result that is made elsewhere. A thread that waits for it instead cannot give a GPU the next
+work meanwhile."""
+
+
+class Later(ABC, Generic[LaterT]):
+    """What a function on the thread may return in place of its result, which something else (a GPU) still makes: the
+    thread goes on with other work. Results come in the order of `submit` among them."""
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+
+    @abstractmethod
+    def result(self) -> LaterT:
+        """Waits for it; raises what it raised."""
 
 
 class _Work(NamedTuple):
@@ -35,7 +56,7 @@ class DeviceThread:
         self._closed = False
 
     def submit(
-        self, fn: Callable[ParamsT, ResultT], *args: ParamsT.args, **kwargs: ParamsT.kwargs
+        self, fn: Callable[ParamsT, ResultT | Later[ResultT]], *args: ParamsT.args, **kwargs: ParamsT.kwargs
     ) -> asyncio.Future[ResultT]:
         """Queue `fn`; the future is of the running loop. RuntimeError after `close`."""
         if self._closed:
@@ -53,19 +74,27 @@ class DeviceThread:
         return await self.submit(fn, *args, **kwargs)
 
     def _run(self) -> None:
-        while (work := self._work.get()) is not None:
+        begun: deque[_Begun] = deque()
+        while True:
+            while begun and begun[0].ready():
+                _tell(begun[0].work, begun.popleft().later.result)
+            try:
+                work = self._work.get(timeout=POLL_S if begun else None)
+            except queue.Empty:
+                continue
+            if work is None:
+                break
             if self._closed:
                 work.loop.call_soon_threadsafe(work.future.cancel)
             elif not work.future.cancelled():
-                try:
-                    result = work.fn(*work.args, **work.kwargs)
-                except BaseException as error:  # noqa: BLE001  (it belongs to whoever awaits the future)
-                    work.loop.call_soon_threadsafe(_settle, work.future, None, error)
-                else:
-                    work.loop.call_soon_threadsafe(_settle, work.future, result, None)
-                    del result
+                later = _tell(work, partial(work.fn, *work.args, **work.kwargs))
+                if later is not None:
+                    begun.append(_Begun(work, later))
+                    del later
             # An idle thread keeps no tensors alive.
             del work
+        for work, later in begun:
+            _tell(work, later.result)
 
     async def close(self) -> None:
         """Let what runs finish, drop what waits, end the thread. May be called again."""
@@ -82,6 +111,30 @@ class DeviceThread:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class _Begun(NamedTuple):
+    work: _Work
+    later: Later[Any]
+
+    def ready(self) -> bool:
+        try:
+            return self.later.ready()
+        except RuntimeError:  # of a GPU that has failed: `result` raises it to whom it belongs
+            return True
+
+
+def _tell(work: _Work, make: Callable[[], Any]) -> Later[Any] | None:
+    """The work's future gets what `make` returns or raises; unless that comes later."""
+    try:
+        result = make()
+    except BaseException as error:  # noqa: BLE001  (it belongs to whoever awaits the future)
+        work.loop.call_soon_threadsafe(_settle, work.future, None, error)
+        return None
+    if isinstance(result, Later):
+        return cast("Later[Any]", result)
+    work.loop.call_soon_threadsafe(_settle, work.future, result, None)
+    return None
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

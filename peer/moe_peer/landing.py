@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from moe_net.errors import ExpertCallError, WireError
 from moe_net.experts.host import ExpertHost
-from moe_net.wire.matrices import Matrices
+from moe_net.wire.matrices import Arrival, Matrices
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
+from moe_peer.device import Later
+
+Answers = list[ForwardAnswer | ExpertCallError | WireError] | list[BackwardAnswer | ExpertCallError | WireError]
+
+
+class _OnTheirWay(Later[Answers]):
+    """Answers that a GPU has been asked for, and the calls whose memory it may still read."""
+
+    def __init__(self, calls: Sequence[ForwardCall | BackwardCall], answers: Answers, arrival: Arrival) -> None:
+        self._calls, self._answers, self._arrival = calls, answers, arrival
+
+    def ready(self) -> bool:
+        return self._arrival.query()
+
+    def result(self) -> Answers:
+        self._arrival.synchronize()
+        return self._answers
 
 
 class LandedCalls:
-    """`forward_many` and `backward_many` of a host, for what `Matrices.read` has read; what they return is there.
+    """`forward_many` and `backward_many` of a host, for what `Matrices.read` has read.
 
-    Also when they raise nothing is on its way any more: the messages' memory goes to others then.
+    They return before the GPU is done. When they raise nothing is on its way any more: the messages' memory goes to
+    others then.
     """
 
     def __init__(self, host: ExpertHost, matrices: Matrices) -> None:
         self._host = host
         self._matrices = matrices
 
-    def forward_many(self, calls: Sequence[ForwardCall]) -> list[ForwardAnswer | ExpertCallError | WireError]:
+    def forward_many(self, calls: Sequence[ForwardCall]) -> Later[Answers]:
         """As `ExpertHost.forward_many`."""
-        try:
+        with self._waiting_if_it_fails():
             answers = self._host.forward_many([replace(call, rows=self._landed(call.rows)) for call in calls])
-            return [self._shipped_forward(a) if isinstance(a, ForwardAnswer) else a for a in answers]
-        finally:
-            self._matrices.finish()
+            shipped = [self._shipped_forward(a) if isinstance(a, ForwardAnswer) else a for a in answers]
+            return _OnTheirWay(calls, shipped, self._matrices.arrival())
 
-    def backward_many(self, calls: Sequence[BackwardCall]) -> list[BackwardAnswer | ExpertCallError | WireError]:
+    def backward_many(self, calls: Sequence[BackwardCall]) -> Later[Answers]:
         """As `ExpertHost.backward_many`."""
-        try:
+        with self._waiting_if_it_fails():
             answers = self._host.backward_many([self._landed_backward(call) for call in calls])
-            return [self._shipped_backward(a) if isinstance(a, BackwardAnswer) else a for a in answers]
-        finally:
-            self._matrices.finish()
+            shipped = [self._shipped_backward(a) if isinstance(a, BackwardAnswer) else a for a in answers]
+            return _OnTheirWay(calls, shipped, self._matrices.arrival())
+
+    @contextmanager
+    def _waiting_if_it_fails(self) -> Generator[None]:
+        with ExitStack() as stack:
+            stack.callback(lambda: self._matrices.arrival().synchronize())
+            yield
+            stack.pop_all()
 
     def _landed_backward(self, call: BackwardCall) -> BackwardCall:
         rows = None if call.rows is None else self._landed(call.rows)

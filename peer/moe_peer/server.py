@@ -77,10 +77,9 @@ MAX_CONNECTION_AGE_S = 1800
 """After this a connection takes no more calls (its client opens another by itself), and ends CONNECTION_GRACE_S later.
 gRPC has no way to end a call whose client neither reads nor leaves: its status waits behind what is not read."""
 CONNECTION_GRACE_S = 600
-INLINE_BYTES = 2 * 2**20
-"""What is up to this size is read and written on the loop; a thread's hop costs 0.1 to 0.2 ms. Measured on one core, to
-read / to write: fp32 4 KiB 0.06 / 0.01 ms, 1 MiB 0.10 / 0.04, 16 MiB 1.1 / 1.2; int8 0.3 MiB 0.18 / 0.19, 4.5 MiB 3.4
-/ 5.4."""
+GPU_BATCHES = 2
+"""Given to a GPU at once: the next one is there when it has done one. A CPU computes on the thread that would begin it.
+"""
 
 # In order: the first class that fits decides.
 STATUS_OF: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
@@ -139,7 +138,8 @@ class ExpertServer:
         self._limits = limits or Limits()
         self._layers = frozenset(expert.layer for expert in host.experts)
         self._matrices = matrices_on(host.device, host.compute_dtype)
-        runner = host if self._matrices is ON_CPU else LandedCalls(host, self._matrices)
+        on_cpu = self._matrices is ON_CPU
+        runner = host if on_cpu else LandedCalls(host, self._matrices)
         self._device = DeviceThread()
         # One thread, so that reading large messages takes no more than one core from the experts.
         self._codec = DeviceThread("codec")
@@ -150,6 +150,7 @@ class ExpertServer:
             max_batch_rows=max_batch_rows,
             max_queue_rows=max_queue_rows,
             max_queue_bytes=max_queue_bytes,
+            max_running=1 if on_cpu else GPU_BATCHES,
         )
         self.replicator = Replicator(host, self._device, run=run.name, peer_id=peer_id, on_meeting=on_meeting)
         fitting_calls = 8 * max_queue_bytes // self._limits.max_message_bytes
@@ -241,9 +242,10 @@ class ExpertServer:
     ) -> OutT:
         """`room`: what holds the message's already, until it is read."""
         with room or self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
-            call = await self._sized(len(raw), self._read_forward, raw)
+            call = await self._here_if(self._matrices.is_quick_to_read(raw), self._read_forward, raw)
         answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
-        return await self._sized(answer.y_RD.nbytes, lambda answer: write(answer, self._matrices), answer)
+        quick = self._matrices.is_quick_to_write(answer.y_RD, answer.encoding)
+        return await self._here_if(quick, lambda answer: write(answer, self._matrices), answer)
 
     async def _backward(
         self,
@@ -255,9 +257,10 @@ class ExpertServer:
     ) -> OutT:
         """As `_forward`."""
         with room or self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
-            call = await self._sized(len(raw), self._read_backward, raw)
+            call = await self._here_if(self._matrices.is_quick_to_read(raw), self._read_backward, raw)
         answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
-        return await self._sized(answer.dx_RD.nbytes, lambda answer: write(answer, self._matrices), answer)
+        quick = self._matrices.is_quick_to_write(answer.dx_RD, answer.encoding)
+        return await self._here_if(quick, lambda answer: write(answer, self._matrices), answer)
 
     async def _in_pieces(
         self, method: Callable[[memoryview, Context, ExitStack], Awaitable[Parts]], _requests: AsyncIterator[bytes],
@@ -335,9 +338,9 @@ class ExpertServer:
     async def _exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
         await self.replicator.answer(requests, context.write, limit_s=context.time_remaining())
 
-    async def _sized(self, n_bytes: int, work: Callable[[InT], OutT], value: InT) -> OutT:
-        """`work(value)`, here when small, on the codec's thread when it would hold up the loop."""
-        return work(value) if n_bytes <= INLINE_BYTES else await self._codec.run(work, value)
+    async def _here_if(self, quick: bool, work: Callable[[InT], OutT], value: InT) -> OutT:
+        """`work(value)`, on the codec's thread when it would hold up the loop."""
+        return work(value) if quick else await self._codec.run(work, value)
 
     def _read_forward(self, raw: bytes | memoryview) -> ForwardCall:
         call = codec.decode_forward_call(raw, self._limits, self._matrices)

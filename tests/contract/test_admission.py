@@ -27,9 +27,10 @@ from expert_calls import (
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.grpc_client import GrpcTransport
 from moe_net.types import PeerInfo
+from moe_net.wire.matrices import INLINE_BYTES
 from moe_net.wire.validate import Limits
 from moe_peer.batcher import Kind
-from moe_peer.server import INLINE_BYTES, SERVICE, ExpertServer
+from moe_peer.server import SERVICE, ExpertServer
 
 
 async def test_a_full_queue_is_resource_exhausted_and_says_how_much_waits() -> None:

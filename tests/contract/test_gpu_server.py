@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -128,17 +129,60 @@ async def test_a_gradient_of_another_width_never_reaches_the_device(
         assert not landed
 
 
+async def test_the_gpu_has_the_next_call_before_it_has_done_one_and_no_answer_goes_before_it_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, asked = OnDevice.arrival, threading.Semaphore(0)
+    arrived: list[threading.Event] = []
+
+    class Arrival:
+        def __init__(self, matrices: OnDevice) -> None:
+            self._real, self._now = real(matrices), threading.Event()
+            arrived.append(self._now)
+            asked.release()
+
+        def query(self) -> bool:
+            return self._now.is_set() and self._real.query()
+
+        def synchronize(self) -> None:
+            assert self._now.wait(60)
+            self._real.synchronize()
+
+    monkeypatch.setattr(OnDevice, "arrival", lambda matrices: Arrival(matrices))
+    calls = [forward_call(encoding=Encoding.INT8, seed=seed) for seed in range(3)]
+    async with serving() as (_, cpu), serving_on_device() as (_, client, _), asyncio.TaskGroup() as group:
+        right = [await cpu.transport.forward(cpu.peer, call, timeout_s=60) for call in calls]
+        tasks = [group.create_task(client.transport.forward(client.peer, call, timeout_s=60)) for call in calls[:2]]
+        for _ in tasks:
+            assert await asyncio.to_thread(asked.acquire, timeout=60), "both are with the device"
+        tasks.append(group.create_task(client.transport.forward(client.peer, calls[2], timeout_s=60)))
+        await client.transport.info(client.peer, timeout_s=60)  # the third is here by now
+        assert len(arrived) == 2
+        assert not any(task.done() for task in tasks)
+        arrived[0].set()
+        assert await asyncio.to_thread(asked.acquire, timeout=60)
+        for one in arrived[1:]:
+            one.set()
+        answers = [await task for task in tasks]
+    for answer, expected in zip(answers, right, strict=True):
+        assert_close(answer.y_RD, expected.y_RD)
+
+
 @pytest.mark.parametrize("what", ["forward_many", "backward_many"])
 def test_nothing_is_on_its_way_when_an_error_lets_the_messages_go(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     host = ExpertHost(rounded_banks(RUN, HOSTED))
     matrices = device_matrices(host.device, host.compute_dtype)
-    finished: list[str] = []
+    waited: list[str] = []
+
+    class Arrival:
+        def synchronize(self) -> None:
+            waited.append(what)
 
     def fails(_: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(host, what, fails)
-    monkeypatch.setattr(matrices, "finish", lambda: finished.append(what))
+    monkeypatch.setattr(matrices, "arrival", Arrival)
     with pytest.raises(RuntimeError, match="out of memory"):
         getattr(LandedCalls(host, matrices), what)([])
-    assert finished == [what]
+    assert waited == [what]

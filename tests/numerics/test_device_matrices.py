@@ -38,13 +38,13 @@ def landed(matrices: OnDevice, data: memoryview, n_rows: int, width: int, encodi
     assert promised.shape == (n_rows, width)
     assert promised.nbytes >= len(data) - 4 * n_rows, "what waits is counted by this"
     got = matrices.land(promised)
-    matrices.finish()
+    matrices.arrival().synchronize()
     return got
 
 
 def shipped(matrices: OnDevice, y_RD: Tensor, encoding: Encoding) -> memoryview:
     sent = matrices.ship(y_RD.to(DEVICE), encoding)
-    matrices.finish()
+    matrices.arrival().synchronize()
     return matrices.write(sent, encoding)
 
 
@@ -138,7 +138,7 @@ def test_what_was_shipped_in_one_encoding_can_be_written_in_another(encoding: En
     x_RD = random_rows(3, 64, 5)
     matrices = on_device()
     sent = matrices.ship(x_RD.to(DEVICE), Encoding.INT8)
-    matrices.finish()
+    matrices.arrival().synchronize()
     if encoding is not Encoding.INT8:
         assert bytes(matrices.write(sent, encoding)) == bytes(compress.encode(x_RD, encoding))
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from moe_net.errors import BusyError, MoeNetError, WireError
 from moe_net.types import Encoding
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
 from moe_peer.batcher import LARGEST_SURPRISE, Batcher, RowTime
-from moe_peer.device import DeviceThread
+from moe_peer.device import DeviceThread, Later
 
 NUMBERS = itertools.count()
 WIDTH = 2
@@ -49,6 +50,33 @@ class Work:
         return [BackwardAnswer(dx_RD=c.grad_RD, gate_grad_P=torch.zeros(0)) for c in calls]
 
 
+class Made(Later[Any]):
+    """What a GPU has been asked for, until `done`."""
+
+    def __init__(self, answers: Sequence[Any]) -> None:
+        self.answers = answers
+        self.done = threading.Event()
+
+    def ready(self) -> bool:
+        return self.done.is_set()
+
+    def result(self) -> Sequence[Any]:
+        assert self.done.wait(60)
+        return self.answers
+
+
+class WorkOfAGpu(Work):
+    """Is given batches at once, and makes them when told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Made] = []
+
+    def forward_many(self, calls: Sequence[ForwardCall]) -> Any:
+        self.made.append(Made(super().forward_many(calls)))
+        return self.made[-1]
+
+
 class Clock:
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -61,7 +89,13 @@ class Clock:
 
 @asynccontextmanager
 async def batching(
-    work: Work, clock: Clock | None = None, *, batch_rows: int = 100, queue_rows: int = 1000, queue_bytes: int = 1 << 20
+    work: Work,
+    clock: Clock | None = None,
+    *,
+    batch_rows: int = 100,
+    queue_rows: int = 1000,
+    queue_bytes: int = 1 << 20,
+    max_running: int = 1,
 ) -> AsyncIterator[Batcher]:
     async with (
         DeviceThread("test-device") as device,
@@ -72,6 +106,7 @@ async def batching(
             max_batch_rows=batch_rows,
             max_queue_rows=queue_rows,
             max_queue_bytes=queue_bytes,
+            max_running=max_running,
             clock=clock or Clock(),
         ) as batcher,
     ):
@@ -79,6 +114,8 @@ async def batching(
             yield batcher
         finally:
             work.gate.set()
+            for made in work.made if isinstance(work, WorkOfAGpu) else ():
+                made.done.set()
 
 
 def forward_call(number: int, *, layer: int = 0, n_rows: int = 1, call_id: bytes | None = None) -> ForwardCall:
@@ -374,39 +411,6 @@ async def test_stopping_answers_those_who_wait() -> None:
             await task
 
 
-async def test_the_device_runs_one_thing_at_a_time_on_one_thread_in_order() -> None:
-    seen: list[tuple[int, int]] = []
-    async with DeviceThread("test-device") as device:
-        await asyncio.gather(*(device.run(lambda n: seen.append((n, threading.get_ident())), n) for n in range(20)))
-        with pytest.raises(KeyError, match="no such"):
-            await device.run({}.__getitem__, "no such")
-    assert [number for number, _ in seen] == list(range(20))
-    assert len({thread for _, thread in seen} | {threading.get_ident()}) == 2
-    with pytest.raises(RuntimeError):
-        device.submit(print)
-
-
-async def test_work_whose_caller_left_is_run_whole_or_not_at_all() -> None:
-    gate, entered, done = threading.Event(), threading.Event(), list[str]()
-
-    def work(name: str) -> None:
-        entered.set()
-        assert gate.wait(60)
-        done.append(name)
-
-    async with DeviceThread("test-device") as device:
-        running = asyncio.create_task(device.run(work, "running"))
-        assert await asyncio.to_thread(entered.wait, 60)
-        waiting = asyncio.create_task(device.run(work, "waiting"))
-        await asyncio.sleep(0)
-        running.cancel()
-        waiting.cancel()
-        await asyncio.wait([running, waiting])
-        gate.set()
-        await device.run(work, "later")
-    assert done == ["running", "later"]
-
-
 def test_a_call_far_larger_than_any_before_is_not_refused_by_the_pace_of_small_ones() -> None:
     pace = RowTime()
     for _ in range(20):
@@ -415,3 +419,46 @@ def test_a_call_far_larger_than_any_before_is_not_refused_by_the_pace_of_small_o
     pace.note(50_000, 0.5)
     assert pace.counted_rows(50_000) == 50_000
     assert 0.1 < pace.s_per_row * pace.counted_rows(50_000) < 5.0
+
+
+async def test_a_gpu_has_the_next_batch_before_it_has_done_one_and_the_third_gathers() -> None:
+    work = WorkOfAGpu()
+    async with batching(work, max_running=2) as batcher, asyncio.TaskGroup() as group:
+        tasks = [group.create_task(batcher.forward(forward_call(number, layer=number))) for number in (0, 1)]
+        await begun(work)
+        await begun(work)
+        tasks += [group.create_task(batcher.forward(forward_call(number, layer=2))) for number in (2, 3)]
+        await queued(batcher, 2)
+        assert not any(task.done() for task in tasks)
+        work.made[0].done.set()
+        await tasks[0]
+        await begun(work)
+        work.made[1].done.set()
+        work.made[2].done.set()
+    assert work.batches == [("forward", 0, [0]), ("forward", 1, [1]), ("forward", 2, [2, 3])]
+    assert [float(task.result().y_RD[0, 0]) for task in tasks] == [0, 1, 2, 3]
+
+
+async def test_what_waits_behind_another_batch_on_a_gpu_is_queueing_not_computing() -> None:
+    work, clock = WorkOfAGpu(), Clock()
+    async with batching(work, clock, max_running=2) as batcher:
+        first, second = (asyncio.create_task(batcher.forward(forward_call(n, layer=n))) for n in (0, 1))
+        await begun(work)
+        await begun(work)
+        clock.now_s += 3.0
+        work.made[0].done.set()
+        await first
+        clock.now_s += 0.5
+        work.made[1].done.set()
+        answer = await second
+        assert (await first).compute_us == pytest.approx(3_000_000, abs=100)
+        assert answer.queue_us == pytest.approx(3_000_000, abs=100)
+        assert answer.compute_us == pytest.approx(500_000, abs=100)
+        # By that pace, of one row each: 3 s, then a fifth of the way to 0.5 s.
+        third, fourth = (asyncio.create_task(batcher.forward(forward_call(n, layer=n))) for n in (2, 3))
+        await begun(work)
+        await begun(work)
+        assert batcher.expected_wait_s == pytest.approx(2 * 2.5, abs=0.01)
+        work.made[2].done.set()
+        work.made[3].done.set()
+        await asyncio.gather(third, fourth)

@@ -4,9 +4,9 @@
 R rows, D columns.
 
 Everything is one queue, the stream that the experts run on: while rows travel, the host looks up their call; while the
-experts run, it asks for their answer; it waits once, in `finish`. With streams of their own, and another thread that
-waits for them, a call of 2048 rows took 2 to 3 times as long as its experts: threads of Python wait for each other at
-each launch.
+experts run, it asks for their answer; what is waited for, once per call, is its `arrival`. With streams of their own,
+and another thread that waits for them, a call of 2048 rows took 2 to 3 times as long as its experts: threads of Python
+wait for each other at each launch.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from moe_net.errors import WireError
 from moe_net.kernels.device import wire
 from moe_net.types import Encoding
 from moe_net.wire import compress
-from moe_net.wire.matrices import is_large_part
+from moe_net.wire.matrices import AT_ONCE, INLINE_BYTES, Arrival, is_large_part
 from moe_net.wire.validate import check_finite
 
+_META = torch.device("meta")
 _DTYPES = {Encoding.FP32: torch.float32, Encoding.BF16: torch.bfloat16, Encoding.FP16: torch.float16}
 
 
@@ -32,7 +33,8 @@ _DTYPES = {Encoding.FP32: torch.float32, Encoding.BF16: torch.bfloat16, Encoding
 class _Payload:
     """The bytes of a matrix, on the host."""
 
-    data: memoryview
+    data_N: Tensor
+    """uint8"""
     encoding: Encoding
     source: Tensor | None = None
     """On the device, of what was shipped."""
@@ -40,18 +42,13 @@ class _Payload:
 
 def _promise(rows: int, cols: int, payload: _Payload) -> Tensor:
     """A matrix without values, that says its sizes, and behind it the bytes. Counts as fp32, the most they can be."""
-    promised_RD = torch.empty((rows, cols), device="meta")
+    promised_RD = torch.empty((rows, cols), device=_META)
     promised_RD.payload = payload  # pyright: ignore[reportAttributeAccessIssue]
     return promised_RD
 
 
 def _payload_of(promised_RD: Tensor) -> _Payload:
     return cast(_Payload, promised_RD.payload)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _parts(there_N: Tensor, n_values: int) -> tuple[Tensor, Tensor]:
-    """(q, scales) of an int8 matrix; `n_values` is a multiple of 4."""
-    return there_N[:n_values].view(torch.int8), there_N[n_values:].view(torch.float32)
 
 
 class OnDevice:
@@ -78,59 +75,59 @@ class OnDevice:
             check_finite(compress.tensor_view(data, _DTYPES[encoding]), name)
         return _promise(rows, cols, _Payload(self._kept(data), encoding))
 
-    def _kept(self, data: memoryview) -> memoryview:
+    def _kept(self, data: memoryview) -> Tensor:
         """`data` in pinned memory: a message that came in one piece lies elsewhere, and the thread that the experts run
         on would have to wait for its copy."""
-        values = compress.tensor_view(data, torch.uint8)
+        # torch warns of memory that Python may not write to.
+        values = compress.tensor_view(data, torch.uint8) if data.readonly else torch.frombuffer(data, dtype=torch.uint8)
         if is_large_part(data) and (values.is_pinned() or not self._on_gpu):
-            return data
-        return compress.memory_of(self._pinned(data.nbytes).copy_(values))
-
-    def _bring(self, data: memoryview) -> Tensor:
-        """`data` as bytes on the device. (A kernel that reads them from here takes twice as long as a copy engine.)"""
-        there = torch.empty(data.nbytes, dtype=torch.uint8, device=self._device)
-        return there.copy_(compress.tensor_view(data, torch.uint8), non_blocking=True)
+            return values
+        return self._pinned(data.nbytes).copy_(values)
 
     def land(self, x_RD: Tensor) -> Tensor:
-        """`dtype` on the device; the bytes of `x_RD` are needed until `finish`."""
+        """`dtype` on the device; the bytes of `x_RD` are needed until its `arrival`."""
         payload = _payload_of(x_RD)
-        # First, so that the host does the rest while they travel.
-        there_N, n_values = self._bring(payload.data), x_RD.numel()
+        # First, so that the host does the rest while they travel. (A kernel that reads the host's memory takes twice as
+        # long as a copy engine.)
+        there_N = torch.empty_like(payload.data_N, device=self._device).copy_(payload.data_N, non_blocking=True)
         landed_RD = torch.empty(x_RD.shape, dtype=self._dtype, device=self._device)
         if payload.encoding is not Encoding.INT8:
             wire.cast(there_N.view(_DTYPES[payload.encoding]), landed_RD)
-        elif n_values % 4 == 0:
-            wire.dequantise(*_parts(there_N, n_values), landed_RD)
-        else:  # there a kernel cannot read fp32
-            scale_N = there_N[n_values:].clone().view(torch.float32)
-            wire.dequantise(there_N[:n_values].view(torch.int8), scale_N, landed_RD)
+        else:
+            wire.dequantise(there_N, landed_RD)
         return landed_RD
 
     def ship(self, y_RD: Tensor, encoding: Encoding) -> Tensor:
         """Into pinned memory."""
         rows, cols = y_RD.shape
-        n_values, n_bytes = rows * cols, compress.payload_bytes(rows, cols, encoding)
+        n_bytes = compress.payload_bytes(rows, cols, encoding)
         y_RD = y_RD.contiguous()
-        there = torch.empty(n_bytes, dtype=torch.uint8, device=self._device)
+        there_N = torch.empty(n_bytes, dtype=torch.uint8, device=self._device)
         if encoding is not Encoding.INT8:
-            wire.cast(y_RD, there.view(_DTYPES[encoding]))
-        elif n_values % 4 == 0:
-            wire.quantise(y_RD, *_parts(there, n_values))
+            wire.cast(y_RD, there_N.view(_DTYPES[encoding]))
         else:
-            scale_N = torch.empty((n_bytes - n_values) // 4, device=self._device)
-            wire.quantise(y_RD, there[:n_values].view(torch.int8), scale_N)
-            there[n_values:].copy_(scale_N.view(torch.uint8))
-        out = self._pinned(n_bytes).copy_(there, non_blocking=True)
-        return _promise(rows, cols, _Payload(compress.memory_of(out), encoding, y_RD))
+            wire.quantise(y_RD, there_N)
+        sent_N = self._pinned(n_bytes).copy_(there_N, non_blocking=True)
+        return _promise(rows, cols, _Payload(sent_N, encoding, y_RD))
 
-    def finish(self) -> None:
-        if self._on_gpu:
-            torch.cuda.current_stream(self._device).synchronize()
+    def arrival(self) -> Arrival:
+        if not self._on_gpu:
+            return AT_ONCE
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
     def write(self, y_RD: Tensor, encoding: Encoding) -> memoryview:
         """As `Matrices.write`; in another encoding than it was shipped in, by the CPU."""
         payload = _payload_of(y_RD)
         if payload.encoding is encoding:
-            return payload.data
+            return compress.memory_of(payload.data_N)
         assert payload.source is not None, "only what was shipped is written"
         return compress.encode(payload.source.to("cpu", torch.float32), encoding)
+
+    def is_quick_to_read(self, message: bytes | memoryview) -> bool:
+        # What came in pieces lies in pinned memory already (`room`).
+        return len(message) <= (2 * INLINE_BYTES if isinstance(message, memoryview) else INLINE_BYTES)
+
+    def is_quick_to_write(self, y_RD: Tensor, encoding: Encoding) -> bool:
+        return _payload_of(y_RD).encoding is encoding

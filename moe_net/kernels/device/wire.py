@@ -17,20 +17,32 @@ from moe_net.kernels.device.sizes import ceil_div, power_of_2
 BLOCK = 64
 _VALUES = 4096
 """Of a program that casts."""
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 # As in `wire.compress`: 127 times the largest is finite; below the smallest normal number a block becomes 0.
 _LARGEST_SCALE, _SMALLEST_SCALE = 2.679388389e36, torch.finfo(torch.float32).tiny
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _dequantise(
-    q_ptr, scale_ptr, out_ptr, n_rows, width, n_blocks, LARGEST, BLOCKS: tl.constexpr, SIZE: tl.constexpr
+    there_ptr, out_ptr, n_rows, width, n_blocks, LARGEST, BLOCKS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block_B = tl.arange(0, BLOCKS)
     column_BS = block_B[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     inside_BS = column_BS < width
-    scale_B = tl.load(scale_ptr + row * n_blocks + block_B, mask=block_B < n_blocks, other=0.0)
-    q_BS = tl.load(q_ptr + row * width + column_BS, mask=inside_BS, other=0).to(tl.float32)
+    first = n_rows.to(tl.int64) * width + row * n_blocks * 4
+    if WORDS:
+        scale_ptr = (there_ptr + first).to(tl.pointer_type(tl.float32), bitcast=True)
+        scale_B = tl.load(scale_ptr + block_B, mask=block_B < n_blocks, other=0.0)
+    else:
+        bits_B = tl.zeros((BLOCKS,), tl.uint32)
+        for byte in tl.static_range(4):
+            at_B = there_ptr + first + block_B * 4 + byte
+            bits_B |= tl.load(at_B, mask=block_B < n_blocks, other=0).to(tl.uint32) << (8 * byte)
+        scale_B = bits_B.to(tl.float32, bitcast=True)
+    q_BS = (
+        tl.load(there_ptr + row * width + column_BS, mask=inside_BS, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+    )
     x_BS = tl.minimum(tl.maximum(q_BS * scale_B[:, None], -LARGEST), LARGEST)
     tl.store(out_ptr + row * width + column_BS, x_BS, mask=inside_BS)
 
@@ -49,7 +61,8 @@ def _cast(x_ptr, out_ptr, n_values, LARGEST, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _quantise(
-    x_ptr, q_ptr, scale_ptr, n_rows, width, n_blocks, LARGEST, TINY, BLOCKS: tl.constexpr, SIZE: tl.constexpr
+    x_ptr, there_ptr, n_rows, width, n_blocks, LARGEST, TINY,
+    BLOCKS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block_B = tl.arange(0, BLOCKS)
@@ -64,34 +77,42 @@ def _quantise(
     q_BS = tl.where(scaled_BS >= 0, scaled_BS + 0.5, scaled_BS - 0.5).to(tl.int32)
     q_BS = tl.minimum(tl.maximum(q_BS, -127), 127)
     scale_B = tl.where(finite_B, tl.where(usable_B, scale_B, 0.0), float("nan"))
-    tl.store(q_ptr + row * width + column_BS, q_BS.to(tl.int8), mask=inside_BS)
-    tl.store(scale_ptr + row * n_blocks + block_B, scale_B, mask=block_B < n_blocks)
+    tl.store(there_ptr + row * width + column_BS, q_BS.to(tl.int8).to(tl.uint8, bitcast=True), mask=inside_BS)
+    first = n_rows.to(tl.int64) * width + row * n_blocks * 4
+    if WORDS:
+        scale_ptr = (there_ptr + first).to(tl.pointer_type(tl.float32), bitcast=True)
+        tl.store(scale_ptr + block_B, scale_B, mask=block_B < n_blocks)
+    else:
+        bits_B = scale_B.to(tl.uint32, bitcast=True)
+        for byte in tl.static_range(4):
+            value_B = ((bits_B >> (8 * byte)) & 0xFF).to(tl.uint8)
+            tl.store(there_ptr + first + block_B * 4 + byte, value_B, mask=block_B < n_blocks)
 
 
-def dequantise(q_N: Tensor, scale_N: Tensor, out_RD: Tensor) -> None:
-    """`out` = q (int8 [R * D]) * scale (fp32 [R * blocks], finite), rounded to out's dtype."""
+def dequantise(there_N: Tensor, out_RD: Tensor) -> None:
+    """`out` = q * scale, rounded to out's dtype; `there` uint8 as `wire.compress` writes int8, scales finite."""
     n_rows, width = out_RD.shape
     blocks = ceil_div(width, BLOCK)
     _dequantise[(n_rows,)](
-        q_N, scale_N, out_RD, n_rows, width, blocks, torch.finfo(out_RD.dtype).max, power_of_2(blocks), BLOCK,
-        num_warps=4,
+        there_N, out_RD, n_rows, width, blocks, _LARGEST[out_RD.dtype], power_of_2(blocks), BLOCK,
+        n_rows * width % 4 == 0, num_warps=4,
     )  # fmt: skip
 
 
-def quantise(x_RD: Tensor, q_N: Tensor, scale_N: Tensor) -> None:
-    """Write `x` as q and scale; error at most 0.5001 * absmax / 127 of a value's block.
+def quantise(x_RD: Tensor, there_N: Tensor) -> None:
+    """Write `x` as q and scale, as `dequantise` reads them; error at most 0.5001 * absmax / 127 of a value's block.
 
     A block with a value that is not finite gets NaN for its scale, and the receiver finds it there.
     """
     n_rows, width = x_RD.shape
     blocks = ceil_div(width, BLOCK)
     _quantise[(n_rows,)](
-        x_RD, q_N, scale_N, n_rows, width, blocks, _LARGEST_SCALE, _SMALLEST_SCALE, power_of_2(blocks), BLOCK,
-        num_warps=4,
+        x_RD, there_N, n_rows, width, blocks, _LARGEST_SCALE, _SMALLEST_SCALE, power_of_2(blocks), BLOCK,
+        n_rows * width % 4 == 0, num_warps=4,
     )  # fmt: skip
 
 
 def cast(x_N: Tensor, out_N: Tensor) -> None:
     """`out` = x, rounded to out's dtype; both contiguous."""
     n_values = x_N.numel()
-    _cast[(ceil_div(n_values, _VALUES),)](x_N, out_N, n_values, torch.finfo(out_N.dtype).max, _VALUES, num_warps=8)
+    _cast[(ceil_div(n_values, _VALUES),)](x_N, out_N, n_values, _LARGEST[out_N.dtype], _VALUES, num_warps=8)

@@ -8,6 +8,8 @@ P = T * K pairs. A step runs forward and backward and returns y, dx, dgates, dw_
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
 import _dispatch_server
 import torch
@@ -127,6 +129,28 @@ def ours_server(task: Task) -> Step:
     return step
 
 
+def transformers(compiled: bool) -> Callable[[Task], Step]:
+    """The experts of Hugging Face's transformers (5.24) in their implementation "grouped_mm"."""
+
+    def contestant(task: Task) -> Step:
+        from transformers.integrations import moe  # pyright: ignore[reportMissingImports]
+
+        experts = SimpleNamespace(
+            num_experts=task.w_in_EDH.shape[0], has_gate=task.gated, has_bias=False, is_transposed=True,
+            has_post_expert_norm=False, _is_expert_parallel=False, act_fn=F.silu if task.gated else F.gelu,
+        )  # fmt: skip
+        experts._apply_gate = partial(moe._default_apply_gate, experts)
+
+        def layer(x_TD, gates_TK, w_in_EDH, w_out_EFD):
+            experts.gate_up_proj = experts.up_proj = w_in_EDH
+            experts.down_proj = w_out_EFD
+            return moe.grouped_mm_experts_forward(experts, x_TD, task.ids_TK, gates_TK)
+
+        return _differentiate(task, torch.compile(layer, dynamic=False) if compiled else layer)
+
+    return contestant
+
+
 def sonicmoe(task: Task) -> Step:
     """SonicMoE 0.1.2 (its tuner runs first: minutes)."""
     from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
@@ -160,5 +184,7 @@ CONTESTANTS: dict[str, Callable[[Task], Step]] = {
     "calls of three trainers": _dispatch_server.served,
     "titan compiled": titan_compiled,
     "titan graph": titan_graph,
+    "transformers": transformers(compiled=False),
+    "transformers compiled": transformers(compiled=True),
     "sonicmoe": sonicmoe,
 }

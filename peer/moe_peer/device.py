@@ -130,10 +130,10 @@ def _tell(work: _Work, make: Callable[[], Any]) -> Later[Any] | None:
         result = make()
     except BaseException as error:  # noqa: BLE001  (it belongs to whoever awaits the future)
         work.loop.call_soon_threadsafe(_settle, work.future, None, error)
-        return None
-    if isinstance(result, Later):
-        return cast("Later[Any]", result)
-    work.loop.call_soon_threadsafe(_settle, work.future, result, None)
+    else:
+        if isinstance(result, Later):
+            return cast("Later[Any]", result)
+        work.loop.call_soon_threadsafe(_settle, work.future, result, None)
     return None
 
 

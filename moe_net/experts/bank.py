@@ -188,8 +188,8 @@ class ExpertBank:
         return x_RD.to(self.device, self._compute.w_in_EDH.dtype, non_blocking=True)
 
     def put(self, value_R: Tensor) -> Tensor:
-        """Where the experts are."""
-        return value_R.to(self.device, non_blocking=True)
+        """Where the experts are; a GPU's host does not wait for what it does before."""
+        return self._pinned(value_R).to(self.device, non_blocking=True)
 
     def _pinned(self, value_RK: Tensor) -> Tensor:
         """From where it goes into a graph's buffers while the host goes on."""

@@ -1,8 +1,8 @@
 """Merges the calls of many trainers: while the device works, calls of the same layer and kind gather and run together.
 
-No call waits for company: an idle device starts on whatever is there. Queues are taken in the order of their oldest
-call, so a busy layer cannot starve another. A call that would wait past its deadline is refused on arrival: its caller
-learns at once what the wait is, and the queue holds only what may still be of use.
+No call waits for company: a device that has room for a batch is given whatever is there. Queues are taken in the order
+of their oldest call, so a busy layer cannot starve another. A call that would wait past its deadline is refused on
+arrival: its caller learns at once what the wait is, and the queue holds only what may still be of use.
 """
 
 from __future__ import annotations
@@ -94,6 +94,26 @@ class _Job:
                 waiter.set_result(result)
 
 
+@dataclass(slots=True, eq=False)
+class _Running:
+    given_s: float
+    expected_s: float
+    """From the end of the one before."""
+
+
+class _Stamped(Later[tuple[Sequence[Any], float]]):
+    """A later result, and when it was there: the loop may hear of two at once."""
+
+    def __init__(self, later: Later[Sequence[Any]], clock: Callable[[], float]) -> None:
+        self._later, self._clock = later, clock
+
+    def ready(self) -> bool:
+        return self._later.ready()
+
+    def result(self) -> tuple[Sequence[Any], float]:
+        return self._later.result(), self._clock()
+
+
 @dataclass(slots=True)
 class _Queue:
     kind: Kind
@@ -140,14 +160,12 @@ class Batcher:
         self._queues: OrderedDict[tuple[int, Kind], _Queue] = OrderedDict()
         self._flights: dict[tuple[object, ...], _Job] = {}
         self._max_running = max_running
-        self._n_running = 0
+        self._running: deque[_Running] = deque()
         self._finished_s = 0.0
         """When the last batch was, by the clock."""
         self._stopped = False
         self._row_times = {kind: RowTime() for kind in Kind}
         self._waiting_rows = dict.fromkeys(Kind, 0.0)
-        self._running_until_s = 0.0
-        """When all that runs should be done, by the clock."""
         self.queue_rows = 0
         """Rows waiting now."""
         self.queue_bytes = 0
@@ -188,8 +206,11 @@ class Batcher:
     def expected_wait_s(self) -> float:
         """What a call that came now would wait: the rest of what runs, and every row that waits."""
         wait_s = sum(rows * self._row_times[kind].s_per_row for kind, rows in self._waiting_rows.items())
-        if self._n_running:
-            wait_s += max(0.0, self._running_until_s - self._clock())
+        for running in self._running:
+            wait_s += running.expected_s
+        if self._running:  # the first of them has begun: not more than is left of it
+            head = self._running[0]
+            wait_s -= min(head.expected_s, max(0.0, self._clock() - max(head.given_s, self._finished_s)))
         return wait_s
 
     def check_room(self, n_bytes: int, n_rows: int = 0, *, timeout_s: float | None = None) -> None:
@@ -307,31 +328,39 @@ class Batcher:
 
     def _pump(self) -> None:
         """Give the device the next batches, if it has too few and something waits."""
-        while self._n_running < self._max_running and not self._stopped:
+        while len(self._running) < self._max_running and not self._stopped:
             kind, batch = self._next_batch()
             if not batch:
                 return
             given_s = self._clock()
             counted_rows = sum(job.counted_rows for job in batch)
-            begins_s = max(given_s, self._running_until_s) if self._n_running else given_s
-            self._running_until_s = begins_s + counted_rows * self._row_times[kind].s_per_row
-            self._n_running += 1
-            work = self._device.submit(self._handlers[kind], [job.call for job in batch])
-            work.add_done_callback(partial(self._finished, kind=kind, batch=batch, given_s=given_s))
+            running = _Running(given_s, counted_rows * self._row_times[kind].s_per_row)
+            self._running.append(running)
+            work = self._device.submit(self._make, kind, [job.call for job in batch])
+            work.add_done_callback(partial(self._finished, kind=kind, batch=batch, running=running))
 
-    def _finished(self, work: asyncio.Future[Sequence[Any]], *, kind: Kind, batch: list[_Job], given_s: float) -> None:
-        self._n_running -= 1
-        # It had to wait for the one before it.
-        started_s, self._finished_s = max(given_s, self._finished_s), self._clock()
-        took_s = self._finished_s - started_s
-        compute_us = _microseconds(took_s)
+    def _make(
+        self, kind: Kind, calls: Sequence[Call]
+    ) -> tuple[Sequence[Any], float] | Later[tuple[Sequence[Any], float]]:
+        """On the device's thread."""
+        results = self._handlers[kind](calls)
+        return _Stamped(results, self._clock) if isinstance(results, Later) else (results, self._clock())
+
+    def _finished(
+        self, work: asyncio.Future[tuple[Sequence[Any], float]], *, kind: Kind, batch: list[_Job], running: _Running
+    ) -> None:
+        self._running.remove(running)
+        started_s = max(running.given_s, self._finished_s)  # it had to wait for the one before it
+        compute_us = 0
         if work.cancelled():
             results: Sequence[Any] = [BusyError("this peer is stopping")] * len(batch)
         elif (error := work.exception()) is not None:
             # A bug of ours; it goes to those who asked and the queue goes on.
             results = [error] * len(batch)
         else:
-            results = work.result()
+            results, self._finished_s = work.result()
+            took_s = self._finished_s - started_s
+            compute_us = _microseconds(took_s)
             self._row_times[kind].note(sum(job.n_rows for job in batch), took_s)
         for job, result in zip(batch, results, strict=True):
             self._land(job)

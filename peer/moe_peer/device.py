@@ -17,8 +17,8 @@ ResultT = TypeVar("ResultT")
 LaterT = TypeVar("LaterT", covariant=True)
 
 POLL_S = 20e-6
-"""Between two looks at a result that is made elsewhere. A thread that waits for it instead cannot give a GPU the next
-work meanwhile."""
+"""At least, between two looks at a result that is made elsewhere. A thread that waits for it instead cannot give a GPU
+the next work meanwhile."""
 
 
 class Later(ABC, Generic[LaterT]):
@@ -134,6 +134,9 @@ def _tell(work: _Work, make: Callable[[], Any]) -> Later[Any] | None:
         if isinstance(result, Later):
             return cast("Later[Any]", result)
         work.loop.call_soon_threadsafe(_settle, work.future, result, None)
+    finally:
+        # An error keeps this frame, and the future keeps the error: without a cycle its arguments go with it.
+        del work, make
     return None
 
 

@@ -30,6 +30,7 @@ import grpc.aio
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from torch import Tensor
 
 from moe_net.config import RunConfig
 from moe_net.errors import (
@@ -44,10 +45,12 @@ from moe_net.experts.host import ExpertHost
 from moe_net.kernels.dispatch import matrices_on
 from moe_net.proto.v1 import expert_pb2
 from moe_net.rpc.grpc_client import QUEUE_US_KEY, channel_options
+from moe_net.types import Encoding
 from moe_net.wire import codec
+from moe_net.wire.compress import payload_bytes
 from moe_net.wire.exchange import CHUNK_BYTES
 from moe_net.wire.framing import Parts
-from moe_net.wire.matrices import ON_CPU, Matrices
+from moe_net.wire.matrices import INLINE_BYTES, ON_CPU, Matrices
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
 from moe_net.wire.pieces import PieceReader, cut
 from moe_net.wire.snapshot import pack
@@ -244,7 +247,7 @@ class ExpertServer:
         with room or self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
             call = await self._here_if(self._matrices.is_quick_to_read(raw), self._read_forward, raw)
         answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
-        quick = self._matrices.is_quick_to_write(answer.y_RD, answer.encoding)
+        quick = self._is_quick_to_write(answer.y_RD, answer.encoding, whole=room is None)
         return await self._here_if(quick, lambda answer: write(answer, self._matrices), answer)
 
     async def _backward(
@@ -259,7 +262,7 @@ class ExpertServer:
         with room or self._batcher.reserving(len(raw), timeout_s=context.time_remaining()):
             call = await self._here_if(self._matrices.is_quick_to_read(raw), self._read_backward, raw)
         answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
-        quick = self._matrices.is_quick_to_write(answer.dx_RD, answer.encoding)
+        quick = self._is_quick_to_write(answer.dx_RD, answer.encoding, whole=room is None)
         return await self._here_if(quick, lambda answer: write(answer, self._matrices), answer)
 
     async def _in_pieces(
@@ -337,6 +340,12 @@ class ExpertServer:
 
     async def _exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
         await self.replicator.answer(requests, context.write, limit_s=context.time_remaining())
+
+    def _is_quick_to_write(self, y_RD: Tensor, encoding: Encoding, *, whole: bool) -> bool:
+        """`whole`: a message in one piece is a copy of it."""
+        rows, cols = y_RD.shape
+        small = not whole or payload_bytes(rows, cols, encoding) <= INLINE_BYTES
+        return small and self._matrices.is_quick_to_write(y_RD, encoding)
 
     async def _here_if(self, quick: bool, work: Callable[[InT], OutT], value: InT) -> OutT:
         """`work(value)`, on the codec's thread when it would hold up the loop."""

@@ -16,7 +16,7 @@ import torch
 from moe_net.errors import BusyError, MoeNetError, WireError
 from moe_net.types import Encoding
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
-from moe_peer.batcher import LARGEST_SURPRISE, Batcher, RowTime
+from moe_peer.batcher import LARGEST_SURPRISE, Batcher, Kind, RowTime
 from moe_peer.device import DeviceThread, Later
 
 NUMBERS = itertools.count()
@@ -462,3 +462,25 @@ async def test_what_waits_behind_another_batch_on_a_gpu_is_queueing_not_computin
         work.made[2].done.set()
         work.made[3].done.set()
         await asyncio.gather(third, fourth)
+
+
+async def test_batches_that_end_early_leave_no_wait_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, clock = WorkOfAGpu(), Clock()
+    monkeypatch.setattr(RowTime, "s_per_row", 1.0)  # whatever was seen
+    async with batching(work, clock, max_running=2) as batcher:
+        batcher._row_times[Kind.FORWARD].largest_rows = 1.0
+        tasks = [asyncio.create_task(batcher.forward(forward_call(n, layer=n))) for n in range(2)]
+        for number in range(20):  # never idle, each done at once
+            await begun(work)
+            tasks.append(asyncio.create_task(batcher.forward(forward_call(number + 2, layer=number + 2))))
+            await asyncio.sleep(0)
+            work.made[number].done.set()
+            await tasks[number]
+        await begun(work)
+        assert len(batcher._running) == 2
+        assert batcher.expected_wait_s == pytest.approx(2.0, abs=0.01)
+        clock.now_s += 1.5
+        assert batcher.expected_wait_s == pytest.approx(1.0, abs=0.01), "the first overruns, the second has not begun"
+        for made in work.made:
+            made.done.set()
+        await asyncio.gather(*tasks)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -100,3 +102,24 @@ async def test_the_end_waits_for_what_has_begun() -> None:
     number.done.set()
     await closing
     assert await future == 7
+
+
+async def test_what_work_that_failed_was_given_goes_with_its_error() -> None:
+    class Message:
+        pass
+
+    def fails(_: Message) -> None:
+        raise ValueError("malformed")
+
+    message = Message()
+    gone = weakref.ref(message)
+    gc.disable()
+    try:
+        async with DeviceThread("test-device") as device:
+            with pytest.raises(ValueError, match="malformed"):
+                await device.run(fails, message)
+            del message
+            await device.run(lambda: None)  # the thread has let go of it
+            assert gone() is None
+    finally:
+        gc.enable()

@@ -4,7 +4,7 @@
 R rows, D columns.
 
 Everything is one queue, the stream that the experts run on: while rows travel, the host looks up their call; while the
-experts run, it asks for their answer; what is waited for, once per call, is its `arrival`. With streams of their own,
+experts run, it asks for their answer; what is waited for, once per batch, is its `arrival`. With streams of their own,
 and another thread that waits for them, a call of 2048 rows took 2 to 3 times as long as its experts: threads of Python
 wait for each other at each launch.
 """
@@ -114,7 +114,7 @@ class OnDevice:
         if not self._on_gpu:
             return AT_ONCE
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def write(self, y_RD: Tensor, encoding: Encoding) -> memoryview:

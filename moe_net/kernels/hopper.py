@@ -36,17 +36,20 @@ def fits(x_TD: Tensor, weights: ExpertWeights) -> bool:
     )
 
 
-# Product -> (tile of rows, of columns, ping-pong, cluster of rows), found on an H200 in full steps under load
-# (docs/kernels.md). "up": the default is as fast.
+# Product -> (tile of rows, of columns, ping-pong, cluster of rows, of columns), on an H200 (docs/kernels.md): what the
+# tuner of QuACK chose in SonicMoE's step, compared with others in full steps under load.
 _TILES = {
-    "down backward": (128, 128, True, 1),
-    "rows": (128, 192, True, 2),
-    "weights": (128, 256, False, 2),
+    "up": (128, 192, True, 2, 1),
+    "down backward": (128, 128, True, 2, 1),
+    "rows": (192, 128, True, 1, 2),
+    "weights in": (256, 192, False, 2, 1),
+    "weights out": (128, 256, False, 2, 1),
 }
 _WIDE_TILES = {
-    "down backward": (128, 128, True, 2),
-    "rows": (128, 256, False, 2),
-    "weights": (256, 192, False, 1),
+    "down backward": (128, 128, True, 2, 1),
+    "rows": (128, 256, False, 2, 1),
+    "weights in": (256, 192, False, 1, 1),
+    "weights out": (256, 192, False, 1, 1),
 }
 """For wide experts: Mixtral's step takes 54.9 ms with these and 59.2 with the others."""
 
@@ -64,10 +67,10 @@ def _config(product: str, x_TD: Tensor, wide: bool):
     tile = (_WIDE_TILES if wide else _TILES).get(product)
     if tile is None:
         return None
-    tile_m, tile_n, pingpong, cluster_m = tile
+    tile_m, tile_n, pingpong, cluster_m, cluster_n = tile
     return GemmConfig(
-        tile_m=tile_m, tile_n=tile_n, pingpong=pingpong, cluster_m=cluster_m, cluster_n=1, is_dynamic_persistent=False,
-        device_capacity=9,
+        tile_m=tile_m, tile_n=tile_n, pingpong=pingpong, cluster_m=cluster_m, cluster_n=cluster_n,
+        is_dynamic_persistent=False, device_capacity=9,
     )  # fmt: skip
 
 
@@ -140,8 +143,8 @@ def backward(
         if grads is not None:
             options = {"cu_seqlens_k": bound_B, "A_idx": row_P, "add_to_output": grads is sums}
             # dw_out as its transpose: the gathered rows come first.
-            _gemm("weights", dy_TD.t(), a_PF, grads.w_out_EFD.transpose(1, 2), wide, **options)
-            _gemm("weights", x_TD.t(), dh_PH, grads.w_in_EDH, wide, concat_layout=("out",), **options)
+            _gemm("weights out", dy_TD.t(), a_PF, grads.w_out_EFD.transpose(1, 2), wide, **options)
+            _gemm("weights in", x_TD.t(), dh_PH, grads.w_in_EDH, wide, concat_layout=("out",), **options)
     del a_PF
     dx_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
     _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, wide, cu_seqlens_m=bound_B, concat_layout=("B",))

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import torch
-from _latency_run import SEQ_LEN, SEQUENCES, experts_of, make_batches, make_run
+from _latency_run import experts_of, make_batches, make_run
 from _processes import die_with_parent, serve_requests
 
 from moe_net.model.remote_moe import SwarmLink
@@ -18,7 +18,6 @@ from moe_net.rpc.portal import Portal
 from moe_net.rpc.swarm import ExpertSwarm
 from moe_net.types import PeerInfo
 from moe_net.wire.allocator import tune_allocator
-from moe_peer.pipeline import Pipeline
 from moe_peer.trainer import Trainer, build_model
 
 
@@ -41,23 +40,6 @@ def main() -> None:
         link = SwarmLink(swarm=swarm, runner=portal)
         step = 0
 
-        def trips(n: int) -> dict[str, Any]:
-            """Mean time of a layer's calls, forward and backward, with nothing else in flight."""
-            pipeline = Pipeline(portal)
-            model = build_model(run, SwarmLink(swarm=swarm, runner=pipeline))
-            tokens = torch.randint(0, 64, (SEQUENCES, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-            moe = [block.mlp for block in model.layers]
-            waits_s: list[float] = []
-            for i in range(n + 1):
-                h_BSD = model.layers[0].post_attention_layernorm(model.embed_tokens(tokens)).detach().requires_grad_()
-                for layer in moe:
-                    layer.step = step
-                    before_s = pipeline.waits.idle_s
-                    layer(h_BSD)[0].square().sum().backward()
-                    if i > 0:  # the first one opens connections
-                        waits_s.append((pipeline.waits.idle_s - before_s) / 2)
-            return {"trip_s": sum(waits_s) / len(waits_s)}
-
         def train(in_flight: int, n: int) -> dict[str, Any]:
             """A step of n micro-batches, timed as a whole, and how long nothing was computed in it."""
             nonlocal step
@@ -78,7 +60,7 @@ def main() -> None:
             }  # fmt: skip
 
         try:
-            serve_requests({"trips": trips, "train": train})
+            serve_requests({"train": train})
         finally:
             portal.run(transport.close())
 

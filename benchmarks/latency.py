@@ -25,6 +25,8 @@ RTTS_MS = (0, 50, 100, 200)
 MICRO_BATCHES = {1: 8, 4: 32, 16: 256, 64: 256}
 BAR = 0.8
 TIMEOUT_S = 600.0
+N_ALONE = 8
+"""Micro-batches that a layer's round trip is the mean of."""
 
 Point = tuple[int, int]
 """Round trip in ms, micro-batches in flight."""
@@ -46,7 +48,9 @@ def measure(rtts_ms: list[int], repetitions: int, jitter: float) -> tuple[dict[i
         for repetition in range(repetitions):
             for rtt in rtts_ms:
                 network.ask(10, rtt_s=rtt / 1000, jitter=jitter)
-                trips_s[rtt].append(trainer.ask(TIMEOUT_S, do="trips", n=8)["trip_s"])
+                # What a micro-batch alone waits for, by the model's own routing: the busiest of four servers decides.
+                alone = trainer.ask(TIMEOUT_S, do="train", in_flight=1, n=N_ALONE)
+                trips_s[rtt].append(alone["idle_s"] / (N_ALONE * TRIPS))
                 for j, n in MICRO_BATCHES.items():
                     got = trainer.ask(TIMEOUT_S, do="train", in_flight=j, n=n)
                     rates[rtt, j].append(got["tokens"] / got["taken_s"])

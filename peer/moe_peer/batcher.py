@@ -62,7 +62,7 @@ class RowTime:
     def note(self, n_rows: int, took_s: float) -> None:
         """A batch of `n_rows` took `took_s`."""
         self.largest_rows = max(float(n_rows), (1 - SMOOTHING) * self.largest_rows)
-        if not self.mean_rows:
+        if not self.mean_s:  # nothing yet, or nothing that a clock could tell
             self.mean_s, self.mean_rows = took_s, float(n_rows)
             return
         took_s = min(took_s, LARGEST_SURPRISE * self.s_per_row * n_rows)

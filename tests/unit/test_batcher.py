@@ -322,6 +322,13 @@ def test_one_batch_that_stood_still_is_not_believed_and_a_slower_machine_is() ->
     assert pace.s_per_row < 0.0013, "a batch of one row says little of a full one"
 
 
+def test_a_first_batch_too_fast_for_the_clock_sets_no_pace() -> None:
+    pace = RowTime()
+    pace.note(3, 0.0)
+    pace.note(3, 0.3)
+    assert pace.s_per_row == pytest.approx(0.1)
+
+
 async def test_a_call_larger_than_the_queue_is_taken_when_nothing_waits() -> None:
     work = Work()
     async with batching(work, queue_rows=5) as batcher:

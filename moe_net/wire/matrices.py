@@ -66,11 +66,11 @@ class Matrices(Protocol):
         ...
 
     def is_quick_to_read(self, message: bytes | memoryview) -> bool:
-        """Whether `read` of its matrices may hold up a loop."""
+        """Whether a loop may `read` its matrices itself: they do not hold it up."""
         ...
 
     def is_quick_to_write(self, y_RD: Tensor, encoding: Encoding) -> bool:
-        """Whether `write` may; what makes one message of it copies besides."""
+        """Whether a loop may `write` it itself; to make one message of it costs a copy besides."""
         ...
 
 

@@ -23,7 +23,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -111,6 +111,7 @@ OUR_BUGS = (
 
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
+ParamsT = ParamSpec("ParamsT")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -248,7 +249,7 @@ class ExpertServer:
             call = await self._here_if(self._matrices.is_quick_to_read(raw), self._read_forward, raw)
         answer = await self._batcher.forward(call, timeout_s=context.time_remaining())
         quick = self._is_quick_to_write(answer.y_RD, answer.encoding, whole=room is None)
-        return await self._here_if(quick, lambda answer: write(answer, self._matrices), answer)
+        return await self._here_if(quick, write, answer, self._matrices)
 
     async def _backward(
         self,
@@ -263,7 +264,7 @@ class ExpertServer:
             call = await self._here_if(self._matrices.is_quick_to_read(raw), self._read_backward, raw)
         answer = await self._batcher.backward(call, timeout_s=context.time_remaining())
         quick = self._is_quick_to_write(answer.dx_RD, answer.encoding, whole=room is None)
-        return await self._here_if(quick, lambda answer: write(answer, self._matrices), answer)
+        return await self._here_if(quick, write, answer, self._matrices)
 
     async def _in_pieces(
         self, method: Callable[[memoryview, Context, ExitStack], Awaitable[Parts]], _requests: AsyncIterator[bytes],
@@ -347,9 +348,11 @@ class ExpertServer:
         small = not whole or payload_bytes(rows, cols, encoding) <= INLINE_BYTES
         return small and self._matrices.is_quick_to_write(y_RD, encoding)
 
-    async def _here_if(self, quick: bool, work: Callable[[InT], OutT], value: InT) -> OutT:
-        """`work(value)`, on the codec's thread when it would hold up the loop."""
-        return work(value) if quick else await self._codec.run(work, value)
+    async def _here_if(
+        self, quick: bool, work: Callable[ParamsT, OutT], *args: ParamsT.args, **kwargs: ParamsT.kwargs
+    ) -> OutT:
+        """`work(...)`, on the codec's thread when it would hold up the loop."""
+        return work(*args, **kwargs) if quick else await self._codec.run(work, *args, **kwargs)
 
     def _read_forward(self, raw: bytes | memoryview) -> ForwardCall:
         call = codec.decode_forward_call(raw, self._limits, self._matrices)

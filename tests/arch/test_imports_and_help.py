@@ -128,16 +128,21 @@ def test_nobody_catches_everything() -> None:
 
 
 def test_the_search_for_broad_handlers_finds_them() -> None:
-    source = "try:\n  pass\nexcept (OSError, Exception):\n  pass\ntry:\n  pass\nexcept BaseException:\n  raise\n"
-    assert broad_handlers(ast.parse(source)) == [3]
-    assert broad_handlers(ast.parse("try:\n  pass\nexcept:\n  pass\n")) == [3]
-    assert broad_handlers(ast.parse("try:\n  pass\nexcept Exception as e:\n  f.set_exception(e)\n")) == []
-    assert broad_handlers(ast.parse("try:\n  pass\nexcept Exception as e:\n  log.error(e)\n")) == [3]
-    for body in ("if x:\n    return\n  raise", "if x:\n    return\n  f.set_exception(e)"):
-        assert broad_handlers(ast.parse(f"try:\n  pass\nexcept Exception as e:\n  {body}\n")) == [3], body
-    # Only now and then; another error; to nobody's future.
-    for body in ("if x:\n    f.set_exception(e)", "f.set_exception(x)", "loop.call_soon_threadsafe(log.error, e)"):
-        assert broad_handlers(ast.parse(f"try:\n  pass\nexcept Exception as e:\n  {body}\n")) == [3], body
+    def found(handler: str, *body: str) -> bool:
+        lines = ["try:", "  pass", f"{handler}:", *(f"  {line}" for line in body)]
+        return broad_handlers(ast.parse("\n".join(lines))) == [3]
+
+    assert found("except (OSError, Exception)", "pass")
+    assert found("except", "pass")
+    assert not found("except BaseException", "raise")
+    handler = "except Exception as e"
+    assert not found(handler, "f.set_exception(e)")
+    assert found(handler, "log.error(e)")
+    assert found(handler, "if x:", "  return", "raise"), "not always raised"
+    assert found(handler, "if x:", "  return", "f.set_exception(e)"), "not always handed on"
+    assert found(handler, "if x:", "  f.set_exception(e)"), "only now and then"
+    assert found(handler, "f.set_exception(x)"), "another error"
+    assert found(handler, "loop.call_soon_threadsafe(log.error, e)"), "to nobody's future"
 
 
 def calls(tree: ast.AST) -> set[str]:

@@ -105,16 +105,20 @@ def handed_on(handler: ast.ExceptHandler, tree: ast.AST) -> bool:
     return sets_exception(call)
 
 
+def is_everything(kind: ast.AST | None) -> bool:
+    return kind is None or ast.unparse(kind).rpartition(".")[2] in {"Exception", "BaseException"}
+
+
 def broad_handlers(tree: ast.AST) -> list[int]:
-    """Lines of handlers that catch everything, and neither raise it again nor hand it on."""
+    """Lines of handlers that catch everything, and neither raise it again nor hand it on; and of such a `suppress`."""
     lines: list[int] = []
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "suppress":
+            lines += [node.lineno] * any(map(is_everything, node.args))
         if not isinstance(node, ast.ExceptHandler):
             continue
         kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-        broad = any(
-            kind is None or (isinstance(kind, ast.Name) and kind.id in {"Exception", "BaseException"}) for kind in kinds
-        )
+        broad = any(map(is_everything, kinds))
         raised = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
         left = any(isinstance(part, ast.Return | ast.Break | ast.Continue) for part in ast.walk(node))
         if broad and (left or not (raised or handed_on(node, tree))):
@@ -134,6 +138,9 @@ def test_the_search_for_broad_handlers_finds_them() -> None:
 
     assert found("except (OSError, Exception)", "pass")
     assert found("except", "pass")
+    assert found("except builtins.Exception", "pass")
+    assert broad_handlers(ast.parse("with contextlib.suppress(OSError, Exception):\n  pass")) == [1]
+    assert not broad_handlers(ast.parse("with suppress(OSError):\n  pass"))
     assert not found("except BaseException", "raise")
     handler = "except Exception as e"
     assert not found(handler, "f.set_exception(e)")

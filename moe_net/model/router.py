@@ -176,10 +176,13 @@ class Router(nn.Module):
                 'depend on the gates of later tokens. Use overflow="position"'
             )
         n_experts = self.weight.shape[0]
-        if live_E is not None and not bool(live_E.any()):
+        n_live = n_experts if live_E is None else int(live_E.sum())
+        if not n_live:
             raise NoLiveExpertsError(
                 f"no live expert in layer {self.layer} (of {n_experts}). Start a peer with --experts {self.layer}.*"
             )
+        if n_live == n_experts:
+            live_E = None  # as nearly always; without masks a router takes a third less
         with torch.autocast(device_type=x_BSD.device.type, enabled=False):
             x_TD = self._jittered(x_BSD.to(self.weight.dtype), generator).flatten(0, 1)
             logits_TE = x_TD @ self.weight.t()
@@ -188,29 +191,30 @@ class Router(nn.Module):
             probs_TE = masked_TE.softmax(1)
             score_TE = masked_TE.detach() + self.balance_bias_E
             k = config.experts_per_token
-            moved = torch.zeros((), dtype=torch.int64, device=x_TD.device)
+            moved = overflow = torch.zeros((), dtype=torch.int64, device=x_TD.device)
             if bias_E is None:
                 ids_TK = score_TE.topk(k, dim=1).indices
             else:
                 ids_TK = (score_TE + bias_E.to(score_TE)).topk(k, dim=1).indices
                 moved = (ids_TK.unsqueeze(2) != score_TE.topk(k, dim=1).indices.unsqueeze(1)).all(2).sum()
+            gates_TK = probs_TE.gather(1, ids_TK)  # 0 for a dead expert
+            count_TK = torch.ones_like(ids_TK) if dead_E is None else (~dead_E[ids_TK]).to(ids_TK.dtype)
+            load_E = ids_TK.new_zeros(n_experts).scatter_add_(0, ids_TK.flatten(), count_TK.flatten())
             if dead_E is not None:
                 ids_TK = ids_TK.masked_fill(dead_E[ids_TK], -1)
-            chosen_TK = ids_TK >= 0
-            load_E = ids_TK.new_zeros(n_experts).scatter_add_(
-                0, ids_TK.clamp(min=0).flatten(), chosen_TK.flatten().to(ids_TK.dtype)
-            )
-            gates_TK = probs_TE.gather(1, ids_TK.clamp(min=0))
-            kept_TK = chosen_TK & self._within_capacity(ids_TK, gates_TK.detach(), seq_len=x_BSD.shape[1])
+            over_TK = self._beyond_capacity(ids_TK, gates_TK.detach(), seq_len=x_BSD.shape[1])
+            if over_TK is not None:
+                ids_TK, gates_TK = ids_TK.masked_fill(over_TK, -1), gates_TK.masked_fill(over_TK, 0.0)
+                overflow = over_TK.sum()
             return Routing(
-                expert_ids_TK=ids_TK.masked_fill(~kept_TK, -1),
-                gates_TK=gates_TK.masked_fill(~kept_TK, 0.0),
+                expert_ids_TK=ids_TK,
+                gates_TK=gates_TK,
                 logits_TE=logits_TE,
                 probs_TE=probs_TE,
                 balance_loss=losses.balance_loss(probs_TE, load_E, live_E=live_E),
                 z_loss=losses.z_loss(logits_TE, live_E=live_E),
                 load_E=load_E,
-                overflow=(chosen_TK & ~kept_TK).sum(),
+                overflow=overflow,
                 moved=moved,
             )
 
@@ -224,12 +228,12 @@ class Router(nn.Module):
         noise_BSD = torch.rand(x_BSD.shape, generator=generator, device=generator.device, dtype=torch.float32)
         return x_BSD * (1.0 + jitter * (2.0 * noise_BSD.to(x_BSD) - 1.0))
 
-    def _within_capacity(self, ids_TK: Tensor, gates_TK: Tensor, *, seq_len: int) -> Tensor:
-        """bool [T, K]: the pair fits into its expert's capacity."""
+    def _beyond_capacity(self, ids_TK: Tensor, gates_TK: Tensor, *, seq_len: int) -> Tensor | None:
+        """bool [T, K]: the pair has an expert, and does not fit into its capacity; None: there is no limit."""
         config = self.config
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
         if factor == 0.0:
-            return torch.ones_like(ids_TK, dtype=torch.bool)
+            return None
         n_tokens, k = ids_TK.shape
         n_experts = self.weight.shape[0]
         if config.overflow == "position":
@@ -239,4 +243,4 @@ class Router(nn.Module):
             priority_N = gates_TK.flatten().argsort(descending=True, stable=True)
         capacity = expert_capacity(factor, n_tokens=n_tokens, experts_per_token=k, n_experts=n_experts)
         kept_N = _first_of_each_expert(ids_TK.flatten(), priority_N, n_experts=n_experts, capacity=capacity)
-        return kept_N.view(n_tokens, k)
+        return ~kept_N.view(n_tokens, k) & (ids_TK >= 0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_net.model.config import ModelConfig
 from moe_net.model.init import normal_
+from moe_net.model.norm import RMSNorm, rope_tables, rotated_norms
 from moe_net.model.router import Router, Routing
 from moe_net.optim import OptimizerConfig
 from moe_net.types import Activation
@@ -29,36 +30,6 @@ class Output(NamedTuple):
     logits_BSV: Tensor
     routings: list[Routing]
     """One per MoE layer, in the order of `ModelConfig.moe_layers`."""
-
-
-class RMSNorm(nn.Module):
-    """`weight * x / sqrt(mean(x^2) + eps)`, in fp32 inside (Zhang & Sennrich, 2019)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
-def rope_tables(n_positions: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [S, H], of the rotary embedding (Su et al., 2021), on the device and in the dtype of `like`.
-
-    Computed per forward: S * H / 2 angles cost nothing, and the module keeps no buffer to save or to move.
-    """
-    exponent = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim
-    angle = torch.arange(n_positions, device=like.device, dtype=torch.float32)[:, None] / theta**exponent
-    angle_SH = torch.cat((angle, angle), -1)
-    return angle_SH.cos().to(like.dtype), angle_SH.sin().to(like.dtype)
-
-
-def rotate(x_BNSH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + H/2): the half-split layout of the Hugging Face checkpoints."""
-    first, second = x_BNSH.chunk(2, -1)
-    return x_BNSH * cos_SH + torch.cat((-second, first), -1) * sin_SH
 
 
 class Attention(nn.Module):
@@ -77,12 +48,11 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        q_BNSH = self.q_norm(self.q_proj(x_BSD).view(heads)).transpose(1, 2)
-        k_BGSH = self.k_norm(self.k_proj(x_BSD).view(heads)).transpose(1, 2)
+        q_BSNH, k_BSGH = self.q_proj(x_BSD).view(heads), self.k_proj(x_BSD).view(heads)
         v_BGSH = self.v_proj(x_BSD).view(heads).transpose(1, 2)
-        q_BNSH, k_BGSH = rotate(q_BNSH, cos_SH, sin_SH), rotate(k_BGSH, cos_SH, sin_SH)
+        q_BSNH, k_BSGH = rotated_norms(q_BSNH, k_BSGH, self.q_norm, self.k_norm, cos_SH, sin_SH)
         # Under autocast the projections are bf16 while norms and tables are fp32: one dtype for the kernel.
-        q_BNSH, k_BGSH = q_BNSH.to(v_BGSH.dtype), k_BGSH.to(v_BGSH.dtype)
+        q_BNSH, k_BGSH = q_BSNH.to(v_BGSH.dtype).transpose(1, 2), k_BSGH.to(v_BGSH.dtype).transpose(1, 2)
         shared = q_BNSH.shape[1] != k_BGSH.shape[1]
         y_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BGSH, v_BGSH, is_causal=True, enable_gqa=shared)
         return self.o_proj(y_BNSH.transpose(1, 2).flatten(2))

@@ -51,13 +51,13 @@ def payloads(task: Task) -> Step:
     matrices.arrival().synchronize()
 
     def step() -> tuple[torch.Tensor | None, ...]:
-        x_TD = matrices.land(matrices.read(x_N, n_rows, width, Encoding.INT8, "x"))
-        y_TD, saved = experts.forward(x_TD, task.ids_TK, task.gates_TK, keep=True)
+        x = matrices.land_later(matrices.read(x_N, n_rows, width, Encoding.INT8, "x"), Encoding.INT8)
+        y_TD, saved = experts.forward(x, task.ids_TK, task.gates_TK, keep=True)
         sent = matrices.ship(y_TD, Encoding.INT8)
         matrices.arrival().synchronize()
         matrices.write(sent, Encoding.INT8)
-        dy_TD = matrices.land(matrices.read(dy_N, n_rows, width, Encoding.INT8, "dy"))
-        dx_TD, dgates_TK, _ = experts.backward(dy_TD, x_TD, task.ids_TK, task.gates_TK, saved)
+        dy = matrices.land_later(matrices.read(dy_N, n_rows, width, Encoding.INT8, "dy"), Encoding.INT8)
+        dx_TD, dgates_TK, _ = experts.backward(dy, matrices.land(x), task.ids_TK, task.gates_TK, saved)
         sent = matrices.ship(dx_TD, Encoding.INT8)
         matrices.arrival().synchronize()
         matrices.write(sent, Encoding.INT8)
@@ -160,12 +160,22 @@ def served(task: Task) -> Step:
             await server._backward(backward, _Context, write=codec.backward_answer_parts)
             await answered.put(None)
 
+    owned = (server._device, server._codec, server._batcher)
+
     async def begin() -> list[asyncio.Task[None]]:
-        for owned in (server._device, server._codec, server._batcher):
-            await owned.__aenter__()
+        for one in owned:
+            await one.__aenter__()
         return [asyncio.create_task(trainer(f"t{i}")) for i in range(3)]
 
     tasks = loop.run_until_complete(begin())
+
+    async def end() -> None:
+        for running in tasks:
+            running.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for one in reversed(owned):
+            await one.__aexit__(None, None, None)
+        await loop.shutdown_default_executor()
 
     def step() -> tuple[torch.Tensor | None, ...]:
         for running in tasks:
@@ -173,4 +183,5 @@ def served(task: Task) -> Step:
         loop.run_until_complete(answered.get())
         return None, None, None, None, None
 
+    step.close = lambda: (loop.run_until_complete(end()), loop.close())
     return step

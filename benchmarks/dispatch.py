@@ -115,6 +115,11 @@ def find(name: str):
     return getattr(importlib.import_module(module), function)
 
 
+def end(step: Step) -> None:
+    """Of a contestant with threads of its own."""
+    getattr(step, "close", lambda: None)()
+
+
 def compare(name: str, routing: str, arguments: argparse.Namespace) -> None:
     shape = SHAPES[name]
     task = make_task(shape, routing, arguments.seed, "cuda", torch.bfloat16)
@@ -123,7 +128,9 @@ def compare(name: str, routing: str, arguments: argparse.Namespace) -> None:
     expected = oracle(task)
     for contestant in arguments.contestants:
         try:
-            find(contestant)(task)()  # compiles
+            first = find(contestant)(task)
+            first()  # compiles
+            end(first)
             step = find(contestant)(task)
             norms = errors(step, expected) if contestant != "dense" else []
         except (RuntimeError, ImportError, ValueError, TypeError, AssertionError) as error:
@@ -155,6 +162,7 @@ def compare(name: str, routing: str, arguments: argparse.Namespace) -> None:
         print(
             f"{contestant:24} {ms:8.3f} {dense_ms / ms:9.2f} {spread:7.0%} {peak:9.0f}  {notes[contestant]}", flush=True
         )
+        end(steps[contestant])
 
 
 def main() -> None:

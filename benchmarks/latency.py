@@ -21,9 +21,9 @@ from _latency_run import N_SERVERS, TRIPS, B
 from _processes import Child, end_cleanly_on_sigterm, print_table
 
 RTTS_MS = (0, 50, 100, 200)
-# Micro-batches in flight -> in a step. In its last round trips fewer and fewer are under way: there must be many more,
-# 16 for each in flight where round trips are the bound.
-MICRO_BATCHES = {1: 8, 4: 64, 16: 256, 64: 256}
+# Micro-batches in flight -> in a step. In its last round trips fewer and fewer are under way, and each ends with an
+# update of the trunk and a commit: 16 for each in flight where round trips are the bound.
+MICRO_BATCHES = {1: 16, 4: 64, 16: 256, 64: 256}
 BAR = 0.8
 TIMEOUT_S = 600.0
 N_ALONE = 8

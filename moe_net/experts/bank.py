@@ -20,6 +20,7 @@ from moe_net.experts.update import StackedAdamW
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.graphed import NAME as GRAPHED
 from moe_net.kernels.graphed import GraphedExperts
+from moe_net.kernels.promise import is_promise, landed
 from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertId, ExpertShape
@@ -166,17 +167,18 @@ class ExpertBank:
     def forward(
         self, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor, *, keep: bool
     ) -> tuple[Tensor, BankSaved | None]:
-        """Row r: sum of gate * expert(x_r) over its slots that are not -1; of x's dtype, on its device.
+        """Row r: sum of gate * expert(x_r) over its slots that are not -1; of x's dtype, on its device. Of a promise
+        (`kernels.promise`) as the bank computes it.
 
         With `keep`, also what `backward` can use instead of running the first projection again.
         """
-        x = self._rows(x_RD)
+        x = x_RD if is_promise(x_RD) else self._rows(x_RD)
         if self._graphed is not None and self._graphed.takes(x, slots_RK):
             y_RD, kernel = self._graphed.forward(x, self._pinned(slots_RK), self._pinned(gates_RK), keep=keep)
         else:
             slots, gates = self.put(slots_RK), self.put(gates_RK)
-            y_RD, kernel = moe_ffn_forward(x, slots, gates, self._compute, keep=keep)
-        return y_RD.to(x_RD), BankSaved(kernel, self._generation) if keep else None
+            y_RD, kernel = moe_ffn_forward(self._rows(x), slots, gates, self._compute, keep=keep)
+        return y_RD if is_promise(x) else y_RD.to(x_RD), BankSaved(kernel, self._generation) if keep else None
 
     def finish(self) -> None:
         """Wait until what was returned is there: of rows on a GPU it comes when that has done what it was given."""
@@ -185,7 +187,7 @@ class ExpertBank:
 
     def _rows(self, x_RD: Tensor) -> Tensor:
         """On the bank's device, in the dtype it computes in."""
-        return x_RD.to(self.device, self._compute.w_in_EDH.dtype, non_blocking=True)
+        return landed(x_RD).to(self.device, self._compute.w_in_EDH.dtype, non_blocking=True)
 
     def put(self, value_R: Tensor) -> Tensor:
         """Where the experts are; a GPU's host does not wait for what it does before."""
@@ -221,14 +223,16 @@ class ExpertBank:
         kernel = saved.kernel if saved is not None and saved.generation == self._generation else None
         if kernel is not None and not accumulate and kernel.backend == GRAPHED:
             kernel = None  # graphs add
-        x, dy = self._rows(x_RD), self._rows(dy_RD)
+        x, dy = self._rows(x_RD), dy_RD if is_promise(dy_RD) else self._rows(dy_RD)
         if accumulate and self._graphed is not None and self._graphed.takes(x, slots_RK):
             slots, gates = self._pinned(slots_RK), self._pinned(gates_RK)
             dx_RD, dgates_RK, _ = self._graphed.backward(dy, x, slots, gates, kernel)
         else:
             slots, gates = self.put(slots_RK), self.put(gates_RK)
             sums = self._optimizer.grads if accumulate else None
-            dx_RD, dgates_RK = moe_ffn_backward(dy, x, slots, gates, self._compute, kernel, weight_grads=sums)
+            dx_RD, dgates_RK = moe_ffn_backward(
+                self._rows(dy), x, slots, gates, self._compute, kernel, weight_grads=sums
+            )
         if accumulate:  # while the device works
             self._summed_rows_E += self._rows_by_slot(slots_RK)
         return dx_RD.to(x_RD), dgates_RK.to(gates_RK.dtype)

@@ -23,6 +23,7 @@ from moe_net.experts.callbook import BookSizes, CallBook, CallFacts
 from moe_net.experts.checks import backward_facts, check_shapes, check_twin, forward_facts, some
 from moe_net.experts.journal import Entry, Journal
 from moe_net.experts.merging import Part, merge, split
+from moe_net.kernels.promise import landed
 from moe_net.types import ExpertId, ExpertShape
 from moe_net.wire.messages import (
     BackwardAnswer,
@@ -168,7 +169,8 @@ class ExpertHost:
             call = calls[part.position]
             if call.train:
                 saved_bytes = 0 if saved is None else saved.nbytes
-                self._book.keep(call.call_id, part.facts, part.rows, _rows_bytes(part.rows), saved, saved_bytes)
+                rows = _landed_rows(part.rows)
+                self._book.keep(call.call_id, part.facts, rows, _rows_bytes(rows), saved, saved_bytes)
             answers[part.position] = ForwardAnswer(
                 y_RD=y,
                 failed_experts=part.missing,
@@ -238,7 +240,7 @@ class ExpertHost:
         )
         if accumulate:  # not of one that has raised: what was never added must not be taken out
             self._dispatches += 1
-            for part, grad in zip(parts, grads, strict=True):
+            for part, grad in zip(parts, map(landed, grads), strict=True):
                 n_bytes = _rows_bytes(part.rows) + grad.nbytes
                 call_id = calls[part.position].call_id
                 self._journal.add(call_id, part.facts, part.rows, grad, n_bytes, dispatch=self._dispatches)
@@ -455,6 +457,11 @@ def _versions_of(part: Part, bank: ExpertBank, versions: Mapping[int, int]) -> d
     slot_P = part.slot_P.numpy()
     ran = np.bincount(slot_P[slot_P >= 0] if part.missing else slot_P).nonzero()[0].tolist()
     return {bank.indices[slot]: versions[bank.indices[slot]] for slot in ran}
+
+
+def _landed_rows(rows: RoutedRows) -> RoutedRows:
+    x_RD = landed(rows.x_RD)
+    return rows if x_RD is rows.x_RD else replace(rows, x_RD=x_RD)
 
 
 def _rows_bytes(rows: RoutedRows) -> int:

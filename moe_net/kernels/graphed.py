@@ -18,10 +18,15 @@ import torch
 from torch import Tensor
 
 from moe_net.kernels.dispatch import choose
+from moe_net.kernels.promise import Payload, attach_sent, is_promise, payload_of
 from moe_net.kernels.routing import Routing
 from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
+from moe_net.types import Encoding
+from moe_net.wire.compress import payload_bytes
 
 NAME = "graphed"
+IN_GRAPHS = (Encoding.INT8, Encoding.BF16)
+"""What promises are taken in: the encodings of runs. Each takes buffers for good."""
 # Sizes are the callers' to choose, and each takes memory for good: so many, and of tokens with no more choices.
 MAX_BUCKETS, MAX_CHOICES = 16, 16
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048)
@@ -59,6 +64,7 @@ class _Bucket:
         self.ids_BK = torch.full((n_tokens, n_choices), -1, dtype=torch.int32, device=device)
         self.gates_BK = torch.zeros((n_tokens, n_choices), device=device)
         self._owner: weakref.ref[_Kept] | None = None
+        self._wires: dict[Encoding, _Wire] = {}
         self._backend = choose(self.x_BD, self.ids_BK, weights, backend)
         self.forward_graph, forward = _capture(self._forward, device)
         self.y_BD, self.h_PH, self._kept = forward[0], forward[1], forward[1:]
@@ -86,12 +92,42 @@ class _Bucket:
         if previous is not None and previous is not owner:
             previous.copies = [value.clone() for value in self._kept]
         n_tokens = x_TD.shape[0]
-        _filled(self.x_BD, n_tokens).copy_(x_TD, non_blocking=True)
+        self.take_in(x_TD, self.x_BD)
         _filled(self.ids_BK, n_tokens).copy_(ids_TK, non_blocking=True)
         if n_tokens < self.ids_BK.shape[0]:
             self.ids_BK[n_tokens:].fill_(-1)
         _filled(self.gates_BK, n_tokens).copy_(gates_TK, non_blocking=True)
         self._owner = None if owner is None else weakref.ref(owner)
+
+    def take_in(self, x_TD: Tensor, buffer_BD: Tensor) -> None:
+        """Rows, or a promise of some, into a buffer of the bucket."""
+        if is_promise(x_TD):
+            payload = payload_of(x_TD)
+            self._wire(payload.encoding).take_in(payload.data_N, x_TD.shape[0], buffer_BD)
+        else:
+            _filled(buffer_BD, x_TD.shape[0]).copy_(x_TD, non_blocking=True)
+
+    def give_out(self, asked_TD: Tensor, buffer_BD: Tensor) -> Tensor:
+        """A copy of the call's rows of a buffer; with their bytes under way, as `asked_TD` was a promise."""
+        n_tokens = asked_TD.shape[0]
+        if not is_promise(asked_TD):
+            return _filled(buffer_BD, n_tokens).clone()
+        encoding = payload_of(asked_TD).encoding
+        data_N = self._wire(encoding).give_out(buffer_BD, n_tokens)
+        rows_TD = _filled(buffer_BD, n_tokens).clone()  # while the bytes travel
+        attach_sent(rows_TD, Payload(data_N, encoding))
+        return rows_TD
+
+    def leave_rows(self, asked_TD: Tensor, buffer_BD: Tensor) -> None:
+        """A promise that was taken in has landed: with a copy of its rows, before the next call's take their place."""
+        if is_promise(asked_TD):
+            payload_of(asked_TD).rows = _filled(buffer_BD, asked_TD.shape[0]).clone()
+
+    def _wire(self, encoding: Encoding) -> _Wire:
+        wire = self._wires.get(encoding)
+        if wire is None:
+            wire = self._wires[encoding] = _Wire(encoding, self.x_BD)
+        return wire
 
     def holds(self, kept: _Kept) -> bool:
         return self._owner is not None and self._owner() is kept
@@ -101,6 +137,62 @@ class _Bucket:
         for buffer, copy in zip(self._kept, kept.copies, strict=True):
             buffer.copy_(copy)
         kept.copies = None
+
+
+class _Wire:
+    """Bytes of a bucket in one encoding, and the small graphs between them and rows: launched one by one these take
+    the host three times as long, while the device waits.
+
+    The bytes lie as those of a message of all rows of the bucket would.
+    """
+
+    def __init__(self, encoding: Encoding, like_BD: Tensor) -> None:
+        self._encoding = encoding
+        self._n_rows, self._width = like_BD.shape
+        self._device = like_BD.device
+        n_bytes = payload_bytes(self._n_rows, self._width, encoding)
+        self._in_N = torch.zeros(n_bytes, dtype=torch.uint8, device=self._device)
+        self._out_N = torch.zeros_like(self._in_N)
+        self._graphs: dict[tuple[str, int], Callable[[], None]] = {}
+
+    def take_in(self, data_N: Tensor, n_rows: int, buffer_BD: Tensor) -> None:
+        """What the message `data_N` says, `n_rows` long, is in the buffer's first rows; in the others anything."""
+        for there_N, here_N in self._same_places(self._in_N, data_N, n_rows):
+            there_N.copy_(here_N, non_blocking=True)
+        self._graph("in", buffer_BD)()
+
+    def give_out(self, buffer_BD: Tensor, n_rows: int) -> Tensor:
+        """The message of the first rows, on the host once the device has done what it was given."""
+        self._graph("out", buffer_BD)()
+        n_bytes = payload_bytes(n_rows, self._width, self._encoding)
+        data_N = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        for there_N, here_N in self._same_places(self._out_N, data_N, n_rows):
+            here_N.copy_(there_N, non_blocking=True)
+        return data_N
+
+    def _same_places(self, there_N: Tensor, here_N: Tensor, n_rows: int) -> list[tuple[Tensor, Tensor]]:
+        """(of the bucket's bytes, of those of a message of `n_rows`): the values, and behind all of them the scales."""
+        if n_rows == self._n_rows:
+            return [(there_N, here_N)]
+        if self._encoding is not Encoding.INT8:
+            return [(there_N[: here_N.numel()], here_N)]
+        n_values, first = n_rows * self._width, self._n_rows * self._width
+        n_scales = here_N.numel() - n_values
+        return [(there_N[:n_values], here_N[:n_values]), (there_N[first : first + n_scales], here_N[n_values:])]
+
+    def _graph(self, way: str, buffer_BD: Tensor) -> Callable[[], None]:
+        key = (way, buffer_BD.data_ptr())
+        graph = self._graphs.get(key)
+        if graph is None:
+            from moe_net.kernels.device import wire  # Triton takes seconds to import
+
+            # To run it while it is captured spoils nothing: what it writes is about to be written.
+            if way == "in":
+                graph = _capture_small(lambda: wire.decode(self._in_N, self._encoding, buffer_BD), self._device)
+            else:
+                graph = _capture_small(lambda: wire.encode(buffer_BD, self._encoding, self._out_N), self._device)
+            self._graphs[key] = graph
+        return graph
 
 
 def _capture(fn: Callable[[], list[Tensor]], device: torch.device) -> tuple[Callable[[], None], list[Tensor]]:
@@ -126,6 +218,24 @@ def _capture(fn: Callable[[], list[Tensor]], device: torch.device) -> tuple[Call
     return graph.replay, outputs
 
 
+def _capture_small(fn: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """As `_capture`, of what takes no memory: without the collections and the wait that `torch.cuda.graph` begins
+    with, for a call waits."""
+    if device.type != "cuda":
+        return fn
+    here, side, graph = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        fn()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            fn()
+        finally:
+            graph.capture_end()
+    here.wait_stream(side)
+    return graph.replay
+
+
 class GraphedExperts:
     """Forward and backward of calls of up to 2048 tokens on fixed weights; not for more than one thread or stream.
 
@@ -144,7 +254,7 @@ class GraphedExperts:
         return (
             0 < n_tokens * n_choices <= n_tokens * MAX_CHOICES
             and bucket_of(n_tokens) is not None
-            and x_TD.dtype is self._weights.w_in_EDH.dtype
+            and (is_promise(x_TD) or x_TD.dtype is self._weights.w_in_EDH.dtype)
         )
 
     def _bucket(self, expert_ids_TK: Tensor) -> _Bucket:
@@ -167,7 +277,9 @@ class GraphedExperts:
         kept = _Kept(bucket) if keep else None
         bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
         bucket.forward_graph()
-        y_TD = _filled(bucket.y_BD, x_TD.shape[0]).clone()
+        y_TD = bucket.give_out(x_TD, bucket.y_BD)
+        if keep:
+            bucket.leave_rows(x_TD, bucket.x_BD)
         return y_TD, Saved(NAME, kept, bucket.h_PH, static=True) if keep else None
 
     def backward(
@@ -183,7 +295,9 @@ class GraphedExperts:
             bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
             bucket.restore(kept)
         n_tokens = dy_TD.shape[0]
-        _filled(bucket.dy_BD, n_tokens).copy_(dy_TD, non_blocking=True)
+        bucket.take_in(dy_TD, bucket.dy_BD)
         bucket.backward_graph()
-        dx_TD, dgates_TK = (_filled(value, n_tokens).clone() for value in (bucket.dx_BD, bucket.dgates_BK))
+        dx_TD = bucket.give_out(dy_TD, bucket.dx_BD)
+        bucket.leave_rows(dy_TD, bucket.dy_BD)
+        dgates_TK = _filled(bucket.dgates_BK, n_tokens).clone()
         return dx_TD, dgates_TK.to(gates_TK.dtype), bucket.new

@@ -33,9 +33,9 @@ class Arrival(Protocol):
 
 
 class Matrices(Protocol):
-    """From a message to the experts and back: `read`, `land`, (experts), `ship`, `arrival`, `write`.
+    """From a message to the experts and back: `read`, `land` or `land_later`, (experts), `ship`, `arrival`, `write`.
 
-    `land`, `ship` and `arrival` belong to the thread that the experts run on, the others to any.
+    `land`, `land_later`, `ship` and `arrival` belong to the thread that the experts run on, the others to any.
     """
 
     def room(self, n_bytes: int) -> memoryview:
@@ -51,6 +51,11 @@ class Matrices(Protocol):
 
     def land(self, x_RD: Tensor) -> Tensor:
         """What `read` returned where the experts are."""
+        ...
+
+    def land_later(self, x_RD: Tensor, reply: Encoding) -> Tensor:
+        """As `land`, of rows that run alone and whose answer shall be in `reply`; or `x_RD` itself, if the experts can
+        take its bytes in themselves."""
         ...
 
     def ship(self, y_RD: Tensor, encoding: Encoding) -> Tensor:
@@ -107,6 +112,9 @@ class OnCpu:
         return x_RD if encoding is not Encoding.FP32 or is_large_part(data) else x_RD.clone()
 
     def land(self, x_RD: Tensor) -> Tensor:
+        return x_RD
+
+    def land_later(self, x_RD: Tensor, reply: Encoding) -> Tensor:
         return x_RD
 
     def ship(self, y_RD: Tensor, encoding: Encoding) -> Tensor:

@@ -6,10 +6,13 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+from torch import Tensor
+
 from moe_net.errors import ExpertCallError, WireError
 from moe_net.experts.host import ExpertHost
+from moe_net.types import Encoding
 from moe_net.wire.matrices import Arrival, Matrices
-from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
+from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall
 from moe_peer.device import Later
 
 Answers = list[ForwardAnswer | ExpertCallError | WireError] | list[BackwardAnswer | ExpertCallError | WireError]
@@ -43,14 +46,16 @@ class LandedCalls:
     def forward_many(self, calls: Sequence[ForwardCall]) -> Later[Answers]:
         """As `ExpertHost.forward_many`."""
         with self._waiting_if_it_fails():
-            answers = self._host.forward_many([replace(call, rows=self._landed(call.rows)) for call in calls])
+            alone = len(calls) == 1
+            answers = self._host.forward_many([self._landed_forward(call, alone=alone) for call in calls])
             shipped = [self._shipped_forward(a) if isinstance(a, ForwardAnswer) else a for a in answers]
             return _OnTheirWay(calls, shipped, self._matrices.arrival())
 
     def backward_many(self, calls: Sequence[BackwardCall]) -> Later[Answers]:
         """As `ExpertHost.backward_many`."""
         with self._waiting_if_it_fails():
-            answers = self._host.backward_many([self._landed_backward(call) for call in calls])
+            alone = len(calls) == 1
+            answers = self._host.backward_many([self._landed_backward(call, alone=alone) for call in calls])
             shipped = [self._shipped_backward(a) if isinstance(a, BackwardAnswer) else a for a in answers]
             return _OnTheirWay(calls, shipped, self._matrices.arrival())
 
@@ -61,12 +66,16 @@ class LandedCalls:
             yield
             stack.pop_all()
 
-    def _landed_backward(self, call: BackwardCall) -> BackwardCall:
-        rows = None if call.rows is None else self._landed(call.rows)
-        return replace(call, grad_RD=self._matrices.land(call.grad_RD), rows=rows)
+    def _landed_forward(self, call: ForwardCall, *, alone: bool) -> ForwardCall:
+        x_RD = self._landed(call.rows.x_RD, call.reply_encoding, alone=alone)
+        return replace(call, rows=replace(call.rows, x_RD=x_RD))
 
-    def _landed(self, rows: RoutedRows) -> RoutedRows:
-        return replace(rows, x_RD=self._matrices.land(rows.x_RD))
+    def _landed_backward(self, call: BackwardCall, *, alone: bool) -> BackwardCall:
+        rows = None if call.rows is None else replace(call.rows, x_RD=self._matrices.land(call.rows.x_RD))
+        return replace(call, grad_RD=self._landed(call.grad_RD, call.reply_encoding, alone=alone), rows=rows)
+
+    def _landed(self, x_RD: Tensor, reply: Encoding, *, alone: bool) -> Tensor:
+        return self._matrices.land_later(x_RD, reply) if alone else self._matrices.land(x_RD)
 
     def _shipped_forward(self, answer: ForwardAnswer) -> ForwardAnswer:
         return replace(answer, y_RD=self._matrices.ship(answer.y_RD, answer.encoding))

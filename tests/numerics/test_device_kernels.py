@@ -22,14 +22,18 @@ from moe_net.types import Activation, ExpertShape
     t=st.integers(1, 40),
     k=st.sampled_from([1, 2, 3]),
     e=st.integers(1, 9),
-    one_hot=st.sampled_from([16, 64, 32768]),
+    at_once=st.sampled_from([16, 8192]),
+    few_blocks=st.sampled_from([1, 4, 128]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-def test_sorting_by_counting_equals_torchs_stable_sort(t: int, k: int, e: int, one_hot: int, seed: int) -> None:
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+def test_sorting_by_counting_equals_torchs_stable_sort(
+    t: int, k: int, e: int, at_once: int, few_blocks: int, seed: int
+) -> None:
     ids_TK = torch.randint(-2, e + 1, (t, k), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_routing, "_ONE_HOT", one_hot)  # smaller: several programs share the sort
+        patch.setattr(device_routing, "_AT_ONCE", at_once)  # smaller: several programs share the sort
+        patch.setattr(device_routing, "_FEW_BLOCKS", few_blocks)  # smaller: larger ones, summed up in more steps
         found = device_routing.sort_pairs(ids_TK, e)
     right = pointwise.sort_pairs(ids_TK, e)
     n_pairs = int(right.end_E[-1])

@@ -9,29 +9,57 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, TOLERANCE, Case, make_case
 
 from moe_net.kernels import graphed
+from moe_net.kernels.device.matrices import OnDevice
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.graphed import BUCKETS, MAX_CHOICES, GraphedExperts, bucket_of
+from moe_net.kernels.promise import is_promise, landed, take_sent
 from moe_net.kernels.types import zero_sums
-from moe_net.types import Activation
+from moe_net.types import Activation, Encoding
+from moe_net.wire import compress
 
 
 def call(seed: int, n_tokens: int) -> Case:
     return make_case(seed, t=n_tokens, k=2, e=3, d=8, f=8, activation=Activation.SWIGLU)
 
 
-# Steps of a history: a forward of so many tokens (0: and nothing is kept), or the backward of one of the open calls.
+# What a call's rows, or its gradient, come as: themselves, or the bytes of a message.
+COMES_AS = st.sampled_from([None, Encoding.INT8, Encoding.BF16])
+# Steps of a history: a forward of so many tokens (forget: nothing is kept), or the backward of one of the open calls.
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("forward"), st.integers(1, 30)),
-        st.tuples(st.just("forget"), st.integers(1, 30)),
-        st.tuples(st.just("backward"), st.integers(0, 5)),
+        st.tuples(st.just("forward"), st.integers(1, 30), COMES_AS),
+        st.tuples(st.just("forget"), st.integers(1, 30), COMES_AS),
+        st.tuples(st.just("backward"), st.integers(0, 5), COMES_AS),
     ),
     max_size=7,
 )
 
 
+def coming(rows_TD: torch.Tensor, encoding: Encoding | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what comes, the rows that it says)."""
+    if encoding is None:
+        return rows_TD, rows_TD
+    data = compress.encode(rows_TD.cpu(), encoding)
+    matrices = OnDevice(rows_TD.device, rows_TD.dtype)
+    promised = matrices.land_later(matrices.read(data, *rows_TD.shape, encoding, "x"), encoding)
+    assert is_promise(promised)
+    return promised, compress.decode(data, *rows_TD.shape, encoding).to(rows_TD.device)
+
+
+def check_sent(got: torch.Tensor, encoding: Encoding | None) -> None:
+    """Bytes that came are answered by bytes, which say what the rows are."""
+    sent = take_sent(got)
+    assert (None if sent is None else sent.encoding) == encoding
+    if sent is not None:
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        said = compress.decode(compress.memory_of(sent.data_N), *got.shape, sent.encoding)
+        error = (said - got.cpu()).abs().amax(1)
+        assert bool((error <= got.cpu().abs().amax(1) / 120).all())
+
+
 @given(steps=STEPS)
-@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=16, suppress_health_check=[HealthCheck.too_slow])
 def test_interleaved_calls_equal_single_ones(steps: list[tuple[str, int]]) -> None:
     weights = call(0, 1).weights
     sums, expected = zero_sums(weights), zero_sums(weights)
@@ -41,20 +69,26 @@ def test_interleaved_calls_equal_single_ones(steps: list[tuple[str, int]]) -> No
     def same(got: torch.Tensor, right: torch.Tensor) -> None:
         torch.testing.assert_close(got, right, rtol=tolerance, atol=tolerance)
 
-    for number, (step, value) in enumerate(steps):
+    for number, (step, value, encoding) in enumerate(steps):
         if step != "backward":
             case = call(number + 1, value)
-            args = (case.x_TD, case.ids_TK, case.gates_TK)
-            y, saved = experts.forward(*args, keep=step == "forward")
-            same(y, moe_ffn_forward(*args, weights, keep=False, backend="loop")[0])
-            waiting.append((case, saved))
+            x, x_TD = coming(case.x_TD, encoding)
+            args = (case.ids_TK, case.gates_TK)
+            y, saved = experts.forward(x, *args, keep=step == "forward")
+            same(y, moe_ffn_forward(x_TD, *args, weights, keep=False, backend="loop")[0])
+            check_sent(y, encoding)
+            waiting.append((case, x, x_TD, saved))
         elif waiting:
-            case, saved = waiting.pop(value % len(waiting))
-            args = (case.x_TD, case.ids_TK, case.gates_TK)
-            dx, dgates, _ = experts.backward(case.dy_TD, *args, saved)
-            right = moe_ffn_backward(case.dy_TD, *args, weights, None, weight_grads=expected, backend="loop")
+            case, x, x_TD, saved = waiting.pop(value % len(waiting))
+            args = (case.ids_TK, case.gates_TK)
+            dy, dy_TD = coming(case.dy_TD, encoding)
+            same(landed(x), x_TD)
+            dx, dgates, _ = experts.backward(dy, landed(x), *args, saved)
+            right = moe_ffn_backward(dy_TD, x_TD, *args, weights, None, weight_grads=expected, backend="loop")
             same(dx, right[0])
             same(dgates, right[1])
+            same(landed(dy), dy_TD)
+            check_sent(dx, encoding)
     for got, right in zip(sums, expected, strict=True):
         same(got, right)
 

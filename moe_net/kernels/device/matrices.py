@@ -11,8 +11,7 @@ wait for each other at each launch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,35 +19,14 @@ from torch import Tensor
 
 from moe_net.errors import WireError
 from moe_net.kernels.device import wire
+from moe_net.kernels.graphed import IN_GRAPHS
+from moe_net.kernels.promise import Payload, landed, payload_of, promise, take_sent
 from moe_net.types import Encoding
 from moe_net.wire import compress
 from moe_net.wire.matrices import AT_ONCE, INLINE_BYTES, Arrival, is_large_part
 from moe_net.wire.validate import check_finite
 
-_META = torch.device("meta")
 _DTYPES = {Encoding.FP32: torch.float32, Encoding.BF16: torch.bfloat16, Encoding.FP16: torch.float16}
-
-
-@dataclass(slots=True, eq=False)
-class _Payload:
-    """The bytes of a matrix, on the host."""
-
-    data_N: Tensor
-    """uint8"""
-    encoding: Encoding
-    source: Tensor | None = None
-    """On the device, of what was shipped."""
-
-
-def _promise(rows: int, cols: int, payload: _Payload) -> Tensor:
-    """A matrix without values, that says its sizes, and behind it the bytes. Counts as fp32, the most they can be."""
-    promised_RD = torch.empty((rows, cols), device=_META)
-    promised_RD.payload = payload  # pyright: ignore[reportAttributeAccessIssue]
-    return promised_RD
-
-
-def _payload_of(promised_RD: Tensor) -> _Payload:
-    return cast(_Payload, promised_RD.payload)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class OnDevice:
@@ -73,7 +51,7 @@ class OnDevice:
                 raise WireError(f"{name}: holds an infinity or NaN")
         else:
             check_finite(compress.tensor_view(data, _DTYPES[encoding]), name)
-        return _promise(rows, cols, _Payload(self._kept(data), encoding))
+        return promise(rows, cols, Payload(self._kept(data), encoding, land=self._land))
 
     def _kept(self, data: memoryview) -> Tensor:
         """`data` in pinned memory: a message that came in one piece lies elsewhere, and the thread that the experts run
@@ -86,29 +64,33 @@ class OnDevice:
 
     def land(self, x_RD: Tensor) -> Tensor:
         """`dtype` on the device; the bytes of `x_RD` are needed until its `arrival`."""
-        payload = _payload_of(x_RD)
+        return landed(x_RD)
+
+    def land_later(self, x_RD: Tensor, reply: Encoding) -> Tensor:
+        """As `Matrices.land_later`. A graph has buffers for few encodings, and answers in the one it was asked in."""
+        encoding = payload_of(x_RD).encoding
+        return x_RD if encoding is reply and encoding in IN_GRAPHS else landed(x_RD)
+
+    def _land(self, x_RD: Tensor) -> Tensor:
+        payload = payload_of(x_RD)
         # First, so that the host does the rest while they travel. (A kernel that reads the host's memory takes twice as
         # long as a copy engine.)
         there_N = torch.empty_like(payload.data_N, device=self._device).copy_(payload.data_N, non_blocking=True)
         landed_RD = torch.empty(x_RD.shape, dtype=self._dtype, device=self._device)
-        if payload.encoding is not Encoding.INT8:
-            wire.cast(there_N.view(_DTYPES[payload.encoding]), landed_RD)
-        else:
-            wire.dequantise(there_N, landed_RD)
+        wire.decode(there_N, payload.encoding, landed_RD)
         return landed_RD
 
     def ship(self, y_RD: Tensor, encoding: Encoding) -> Tensor:
         """Into pinned memory."""
         rows, cols = y_RD.shape
-        n_bytes = compress.payload_bytes(rows, cols, encoding)
-        y_RD = y_RD.contiguous()
-        there_N = torch.empty(n_bytes, dtype=torch.uint8, device=self._device)
-        if encoding is not Encoding.INT8:
-            wire.cast(y_RD, there_N.view(_DTYPES[encoding]))
-        else:
-            wire.quantise(y_RD, there_N)
-        sent_N = self._pinned(n_bytes).copy_(there_N, non_blocking=True)
-        return _promise(rows, cols, _Payload(sent_N, encoding, y_RD))
+        sent = take_sent(y_RD)
+        if sent is None or sent.encoding is not encoding:
+            n_bytes = compress.payload_bytes(rows, cols, encoding)
+            y_RD = y_RD.contiguous()
+            there_N = torch.empty(n_bytes, dtype=torch.uint8, device=self._device)
+            wire.encode(y_RD, encoding, there_N)
+            sent = Payload(self._pinned(n_bytes).copy_(there_N, non_blocking=True), encoding)
+        return promise(rows, cols, replace(sent, source=y_RD))
 
     def arrival(self) -> Arrival:
         if not self._on_gpu:
@@ -119,7 +101,7 @@ class OnDevice:
 
     def write(self, y_RD: Tensor, encoding: Encoding) -> memoryview:
         """As `Matrices.write`; in another encoding than it was shipped in, by the CPU."""
-        payload = _payload_of(y_RD)
+        payload = payload_of(y_RD)
         if payload.encoding is encoding:
             return compress.memory_of(payload.data_N)
         assert payload.source is not None, "only what was shipped is written"
@@ -130,4 +112,4 @@ class OnDevice:
         return len(message) <= (2 * INLINE_BYTES if isinstance(message, memoryview) else INLINE_BYTES)
 
     def is_quick_to_write(self, y_RD: Tensor, encoding: Encoding) -> bool:
-        return _payload_of(y_RD).encoding is encoding
+        return payload_of(y_RD).encoding is encoding

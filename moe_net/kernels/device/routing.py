@@ -1,8 +1,8 @@
 # pyright: basic, reportCallIssue=false
 """Stable counting sort of (token, expert) pairs, on the device: nothing waits for it.
 
-P = T * K pairs, E experts. Three launches, or one when all pairs fit one program. torch.sort of the same keys is a
-radix sort of 64-bit keys with a dozen launches around it.
+P = T * K pairs, E experts. Three launches, or one for few pairs. torch.sort of the same keys is a radix sort of 64-bit
+keys with a dozen launches around it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from moe_net.kernels.routing import Routing
 
 # Elements of the one-hot matrix of a program, [pairs, experts]: 64 registers a thread at 16 warps.
 _ONE_HOT = 32768
+# And so many at most in a program that does all of it: a program's time grows with them, 5 us for these and 39 for the
+# above, while three launches of many small programs take 8.
+_AT_ONCE = 8192
+# Programs of which the second launch sums up the counts in one step.
+_FEW_BLOCKS = 128
 
 
 @triton.jit
@@ -111,18 +116,21 @@ def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:
     end_E = torch.empty(n_experts, dtype=torch.int32, device=ids_P.device)
     bound_B = torch.empty(n_experts + 1, dtype=torch.int32, device=ids_P.device)
     experts = power_of_2(n_experts)
-    block = max(16, _ONE_HOT // experts)
-    if n_pairs <= block:
-        block = min(block, max(16, power_of_2(n_pairs)))
+    at_once = max(16, power_of_2(n_pairs))
+    if at_once * experts <= _AT_ONCE:
         _sort_at_once[(1,)](
-            ids_P, pair_P, row_P, place_P, end_E, bound_B, n_pairs, n_experts, n_choices, block, experts,
-            num_warps=16 if block * experts > 8192 else 8,
+            ids_P, pair_P, row_P, place_P, end_E, bound_B, n_pairs, n_experts, n_choices, at_once, experts,
+            num_warps=8,
         )  # fmt: skip
         return Routing(pair_P, row_P, place_P, end_E, bound_B)
+    block = max(16, min(_ONE_HOT // experts, power_of_2(ceil_div(n_pairs, _FEW_BLOCKS))))
+    warps = 16 if block * experts > _AT_ONCE else 4
     n_blocks = ceil_div(n_pairs, block)
     count = torch.empty((n_blocks, n_experts), dtype=torch.int32, device=ids_P.device)
-    _count[(n_blocks,)](ids_P, count, n_pairs, n_experts, block, experts, num_warps=16)
-    step = max(1, min(128, 16384 // experts))
+    _count[(n_blocks,)](ids_P, count, n_pairs, n_experts, block, experts, num_warps=warps)
+    step = max(1, min(_FEW_BLOCKS, 16384 // experts))
     _sum_up[(1,)](count, end_E, bound_B, n_blocks, n_experts, step, experts, num_warps=16)
-    _put[(n_blocks,)](ids_P, count, pair_P, row_P, place_P, n_pairs, n_experts, n_choices, block, experts, num_warps=16)
+    _put[(n_blocks,)](
+        ids_P, count, pair_P, row_P, place_P, n_pairs, n_experts, n_choices, block, experts, num_warps=warps
+    )
     return Routing(pair_P, row_P, place_P, end_E, bound_B)

@@ -13,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_net.kernels.device.sizes import ceil_div, power_of_2
+from moe_net.types import Encoding
 
 BLOCK = 64
 _VALUES = 4096
 """Of a program that casts."""
+_DTYPES = {Encoding.FP32: torch.float32, Encoding.BF16: torch.bfloat16, Encoding.FP16: torch.float16}
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 # As in `wire.compress`: 127 times the largest is finite; below the smallest normal number a block becomes 0.
 _LARGEST_SCALE, _SMALLEST_SCALE = 2.679388389e36, torch.finfo(torch.float32).tiny
@@ -116,3 +118,19 @@ def cast(x_N: Tensor, out_N: Tensor) -> None:
     """`out` = x, rounded to out's dtype; both contiguous."""
     n_values = x_N.numel()
     _cast[(ceil_div(n_values, _VALUES),)](x_N, out_N, n_values, _LARGEST[out_N.dtype], _VALUES, num_warps=8)
+
+
+def decode(there_N: Tensor, encoding: Encoding, out_RD: Tensor) -> None:
+    """`out`: the rows that `there` says."""
+    if encoding is Encoding.INT8:
+        dequantise(there_N, out_RD)
+    else:
+        cast(there_N.view(_DTYPES[encoding]), out_RD)
+
+
+def encode(y_RD: Tensor, encoding: Encoding, there_N: Tensor) -> None:
+    """`there`: the bytes of `y`, which is contiguous."""
+    if encoding is Encoding.INT8:
+        quantise(y_RD, there_N)
+    else:
+        cast(y_RD, there_N.view(_DTYPES[encoding]))

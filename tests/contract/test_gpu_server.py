@@ -39,7 +39,7 @@ from moe_peer.server import ExpertServer
 
 @asynccontextmanager
 async def serving_on_device() -> AsyncIterator[tuple[ExpertServer, Client, ExpertHost]]:
-    host = ExpertHost(rounded_banks(RUN, HOSTED))
+    host = ExpertHost(rounded_banks(RUN, HOSTED, graphed=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "matrices_on", device_matrices)
         async with serving(host) as (started, client):
@@ -170,7 +170,7 @@ async def test_the_gpu_has_the_next_call_before_it_has_done_one_and_no_answer_go
 
 @pytest.mark.parametrize("what", ["forward_many", "backward_many"])
 def test_nothing_is_on_its_way_when_an_error_lets_the_messages_go(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    host = ExpertHost(rounded_banks(RUN, HOSTED))
+    host = ExpertHost(rounded_banks(RUN, HOSTED, graphed=True))
     matrices = device_matrices(host.device, host.compute_dtype)
     waited: list[str] = []
 

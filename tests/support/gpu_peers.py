@@ -10,13 +10,19 @@ from kernel_cases import DEVICE
 from moe_net.client import make_banks
 from moe_net.config import RunConfig
 from moe_net.experts.bank import ExpertBank
+from moe_net.kernels.graphed import GraphedExperts
 from moe_net.kernels.device.matrices import OnDevice
 from moe_net.types import ExpertId
 from moe_net.wire.matrices import Matrices
 
 
-def rounded_banks(run: RunConfig, experts: Sequence[ExpertId]) -> dict[int, ExpertBank]:
-    return make_banks(run, experts, device=DEVICE, compute_dtype=torch.bfloat16)
+def rounded_banks(run: RunConfig, experts: Sequence[ExpertId], *, graphed: bool = False) -> dict[int, ExpertBank]:
+    """`graphed`: with a GPU's graphs on a CPU, too; by Triton's interpreter, so for few rows."""
+    banks = make_banks(run, experts, device=DEVICE, compute_dtype=torch.bfloat16)
+    if graphed and DEVICE == "cpu":
+        for bank in banks.values():
+            bank._graphed = GraphedExperts(bank._compute, bank._optimizer.grads, backend="triton")
+    return banks
 
 
 def device_matrices(_device: torch.device, dtype: torch.dtype) -> Matrices:

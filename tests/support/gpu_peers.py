@@ -10,8 +10,8 @@ from kernel_cases import DEVICE
 from moe_net.client import make_banks
 from moe_net.config import RunConfig
 from moe_net.experts.bank import ExpertBank
-from moe_net.kernels.graphed import GraphedExperts
 from moe_net.kernels.device.matrices import OnDevice
+from moe_net.kernels.graphed import GraphedExperts
 from moe_net.types import ExpertId
 from moe_net.wire.matrices import Matrices
 

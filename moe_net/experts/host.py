@@ -238,7 +238,7 @@ class ExpertHost:
         dx_RD, dgate_RK = bank.backward(
             grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, saved, accumulate=accumulate
         )
-        if accumulate:  # not of one that has raised: what was never added must not be taken out
+        if accumulate:  # not of one that has raised: nothing was added (`GraphedExperts` takes all room before)
             self._dispatches += 1
             for part, grad in zip(parts, map(landed, grads), strict=True):
                 n_bytes = _rows_bytes(part.rows) + grad.nbytes

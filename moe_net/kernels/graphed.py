@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,6 +49,24 @@ class _Kept:
 def _filled(buffer_BX: Tensor, n_tokens: int) -> Tensor:
     """The rows of a call; a view of all is not made, for launches wait for it."""
     return buffer_BX if n_tokens == buffer_BX.shape[0] else buffer_BX[:n_tokens]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Answer:
+    """Room for the answer of a call: taken before gradients are added, for then nothing more may fail."""
+
+    buffer_BD: Tensor
+    rows_TD: Tensor
+    wire: _Wire | None
+    message: Payload | None
+
+    def fill(self) -> Tensor:
+        """The rows of the buffer; of a call that came as bytes their bytes are on the way, too."""
+        n_tokens = self.rows_TD.shape[0]
+        if self.wire is not None and self.message is not None:
+            self.wire.give_out(self.buffer_BD, n_tokens, self.message)
+            attach_sent(self.rows_TD, self.message)
+        return self.rows_TD.copy_(_filled(self.buffer_BD, n_tokens), non_blocking=True)
 
 
 class _Bucket:
@@ -91,6 +110,7 @@ class _Bucket:
         previous = None if self._owner is None else self._owner()
         if previous is not None and previous is not owner:
             previous.copies = [value.clone() for value in self._kept]
+        self._owner = None  # from here on nobody's, also if it fails
         n_tokens = x_TD.shape[0]
         self.take_in(x_TD, self.x_BD)
         _filled(self.ids_BK, n_tokens).copy_(ids_TK, non_blocking=True)
@@ -107,16 +127,14 @@ class _Bucket:
         else:
             _filled(buffer_BD, x_TD.shape[0]).copy_(x_TD, non_blocking=True)
 
-    def give_out(self, asked_TD: Tensor, buffer_BD: Tensor) -> Tensor:
-        """A copy of the call's rows of a buffer; with their bytes under way, as `asked_TD` was a promise."""
-        n_tokens = asked_TD.shape[0]
+    def answer(self, asked_TD: Tensor, buffer_BD: Tensor) -> _Answer:
+        """Room for what will be in the buffer for `asked_TD`."""
+        n_tokens, width = asked_TD.shape
+        rows_TD = torch.empty((n_tokens, width), dtype=buffer_BD.dtype, device=buffer_BD.device)
         if not is_promise(asked_TD):
-            return _filled(buffer_BD, n_tokens).clone()
-        encoding = payload_of(asked_TD).encoding
-        data_N = self._wire(encoding).give_out(buffer_BD, n_tokens)
-        rows_TD = _filled(buffer_BD, n_tokens).clone()  # while the bytes travel
-        attach_sent(rows_TD, Payload(data_N, encoding))
-        return rows_TD
+            return _Answer(buffer_BD, rows_TD, None, None)
+        wire = self._wire(payload_of(asked_TD).encoding)
+        return _Answer(buffer_BD, rows_TD, wire, wire.message(buffer_BD, n_tokens))
 
     def leave_rows(self, asked_TD: Tensor, buffer_BD: Tensor) -> None:
         """A promise that was taken in has landed: with a copy of its rows, before the next call's take their place."""
@@ -128,6 +146,10 @@ class _Bucket:
         if wire is None:
             wire = self._wires[encoding] = _Wire(encoding, self.x_BD)
         return wire
+
+    def drop_wires(self) -> None:
+        """No call will come in bytes any more."""
+        self._wires.clear()
 
     def holds(self, kept: _Kept) -> bool:
         return self._owner is not None and self._owner() is kept
@@ -161,14 +183,18 @@ class _Wire:
             there_N.copy_(here_N, non_blocking=True)
         self._graph("in", buffer_BD)()
 
-    def give_out(self, buffer_BD: Tensor, n_rows: int) -> Tensor:
-        """The message of the first rows, on the host once the device has done what it was given."""
-        self._graph("out", buffer_BD)()
+    def message(self, buffer_BD: Tensor, n_rows: int) -> Payload:
+        """Room on the host for the first rows of a buffer, and all that `give_out` of them needs."""
+        self._graph("out", buffer_BD)
         n_bytes = payload_bytes(n_rows, self._width, self._encoding)
-        data_N = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        for there_N, here_N in self._same_places(self._out_N, data_N, n_rows):
+        on_gpu = self._device.type == "cuda"
+        return Payload(torch.empty(n_bytes, dtype=torch.uint8, pin_memory=on_gpu), self._encoding)
+
+    def give_out(self, buffer_BD: Tensor, n_rows: int, message: Payload) -> None:
+        """The first rows into the message, where they are once the device has done what it was given."""
+        self._graph("out", buffer_BD)()
+        for there_N, here_N in self._same_places(self._out_N, message.data_N, n_rows):
             here_N.copy_(there_N, non_blocking=True)
-        return data_N
 
     def _same_places(self, there_N: Tensor, here_N: Tensor, n_rows: int) -> list[tuple[Tensor, Tensor]]:
         """(of the bucket's bytes, of those of a message of `n_rows`): the values, and behind all of them the scales."""
@@ -186,7 +212,7 @@ class _Wire:
         if graph is None:
             from moe_net.kernels.device import wire  # Triton takes seconds to import
 
-            # To run it while it is captured spoils nothing: what it writes is about to be written.
+            # It runs before it is captured, which spoils nothing: what it writes is about to be written.
             if way == "in":
                 graph = _capture_small(lambda: wire.decode(self._in_N, self._encoding, buffer_BD), self._device)
             else:
@@ -226,13 +252,15 @@ def _capture_small(fn: Callable[[], None], device: torch.device) -> Callable[[],
     here, side, graph = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     side.wait_stream(here)
     with torch.cuda.stream(side):
-        fn()
-        graph.capture_begin(capture_error_mode="thread_local")
         try:
             fn()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                fn()
+            finally:
+                graph.capture_end()
         finally:
-            graph.capture_end()
-    here.wait_stream(side)
+            here.wait_stream(side)
     return graph.replay
 
 
@@ -264,7 +292,8 @@ class GraphedExperts:
         bucket = self._buckets.pop((size, n_choices), None)
         if bucket is None:
             if len(self._buckets) >= MAX_BUCKETS:
-                del self._buckets[next(iter(self._buckets))]
+                # Calls that it was kept for hold it for as long as they may come back: without its bytes.
+                self._buckets.pop(next(iter(self._buckets))).drop_wires()
             bucket = _Bucket(size, n_choices, self._weights, self._sums, self._name)
         self._buckets[size, n_choices] = bucket
         return bucket
@@ -276,8 +305,9 @@ class GraphedExperts:
         bucket = self._bucket(expert_ids_TK)
         kept = _Kept(bucket) if keep else None
         bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
+        answer = bucket.answer(x_TD, bucket.y_BD)
         bucket.forward_graph()
-        y_TD = bucket.give_out(x_TD, bucket.y_BD)
+        y_TD = answer.fill()
         if keep:
             bucket.leave_rows(x_TD, bucket.x_BD)
         return y_TD, Saved(NAME, kept, bucket.h_PH, static=True) if keep else None
@@ -296,8 +326,8 @@ class GraphedExperts:
             bucket.restore(kept)
         n_tokens = dy_TD.shape[0]
         bucket.take_in(dy_TD, bucket.dy_BD)
-        bucket.backward_graph()
-        dx_TD = bucket.give_out(dy_TD, bucket.dx_BD)
         bucket.leave_rows(dy_TD, bucket.dy_BD)
-        dgates_TK = _filled(bucket.dgates_BK, n_tokens).clone()
-        return dx_TD, dgates_TK.to(gates_TK.dtype), bucket.new
+        answer, dgates_TK = bucket.answer(dy_TD, bucket.dx_BD), torch.empty_like(bucket.dgates_BK[:n_tokens])
+        bucket.backward_graph()
+        dgates_TK.copy_(_filled(bucket.dgates_BK, n_tokens), non_blocking=True)
+        return answer.fill(), dgates_TK.to(gates_TK.dtype), bucket.new

@@ -45,7 +45,7 @@ class Matrices(Protocol):
     def read(self, data: memoryview, rows: int, cols: int, encoding: Encoding, name: str) -> Tensor:
         """[rows, cols] for `data`, which is as long as these say; WireError, naming `name`, unless all are finite.
 
-        Its values may be there only after `land`.
+        Its values may be there only after `land`, or for the experts after `land_later`.
         """
         ...
 

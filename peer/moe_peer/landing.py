@@ -1,4 +1,5 @@
-"""The calls of a server whose experts are on a GPU: their rows go there before, and the answers' come back after."""
+"""The calls of a server whose experts are on a GPU: their rows go there before, or of a call alone as the experts take
+them in, and the answers' come back after."""
 
 from __future__ import annotations
 

@@ -25,21 +25,26 @@ from expert_calls import (
     values,
 )
 from gpu_peers import device_matrices, rounded_banks
+from kernel_cases import DEVICE
 from torch import Tensor
 
 from moe_net.experts.host import ExpertHost
 from moe_net.kernels.device.matrices import OnDevice
+from moe_net.kernels.graphed import IN_GRAPHS
 from moe_net.rpc import grpc_client
 from moe_net.types import Encoding
+from moe_net.wire import codec
+from moe_net.wire.matrices import ON_CPU
 from moe_net.wire.messages import BackwardAnswer, CommitCall, ForwardAnswer, ForwardCall
+from moe_net.wire.validate import Limits
 from moe_peer import server
 from moe_peer.landing import LandedCalls
 from moe_peer.server import ExpertServer
 
 
 @asynccontextmanager
-async def serving_on_device() -> AsyncIterator[tuple[ExpertServer, Client, ExpertHost]]:
-    host = ExpertHost(rounded_banks(RUN, HOSTED, graphed=True))
+async def serving_on_device(*, graphed: bool = True) -> AsyncIterator[tuple[ExpertServer, Client, ExpertHost]]:
+    host = ExpertHost(rounded_banks(RUN, HOSTED, graphed=graphed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "matrices_on", device_matrices)
         async with serving(host) as (started, client):
@@ -53,12 +58,28 @@ def assert_close(got: Tensor, right: Tensor) -> None:
     assert float((got - right).norm()) <= 0.03 * float(right.norm())
 
 
+def bytes_taken_in(host: ExpertHost) -> set[Encoding]:
+    """By the graphs of a host's banks."""
+    graphs = [bank._graphed for bank in host._banks.values() if bank._graphed is not None]
+    return {encoding for graph in graphs for bucket in graph._buckets.values() for encoding in bucket._wires}
+
+
+@pytest.mark.parametrize("graphed", [True, False])
 @pytest.mark.parametrize("resend", [False, True])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-async def test_answers_are_those_of_a_server_on_the_cpu(encoding: Encoding, resend: bool) -> None:
+@pytest.mark.parametrize("reply_in", [None, Encoding.FP16])
+async def test_answers_are_those_of_a_server_on_the_cpu(
+    encoding: Encoding, reply_in: Encoding | None, resend: bool, graphed: bool
+) -> None:
     call = forward_call(encoding=encoding, n_rows=70)
     back = backward_call(call, resend=resend)
-    async with serving() as (_, cpu), serving_on_device() as (_, ours, _), serving_on_device() as (_, stock, _):
+    if reply_in is not None:
+        call, back = replace(call, reply_encoding=reply_in), replace(back, reply_encoding=reply_in)
+    async with (
+        serving() as (_, cpu),
+        serving_on_device(graphed=graphed) as (_, ours, host),
+        serving_on_device(graphed=graphed) as (_, stock, _),
+    ):
         right, answer = [await c.transport.forward(c.peer, call, timeout_s=60) for c in (cpu, ours)]
         assert_close(answer.y_RD, right.y_RD)
         assert (answer.failed_experts, answer.versions) == (right.failed_experts, right.versions)
@@ -69,6 +90,39 @@ async def test_answers_are_those_of_a_server_on_the_cpu(encoding: Encoding, rese
         assert torch.equal(values(reply.y_data, reply.y), answer.y_RD)
         gradient = await stock.stub.Backward(stock_backward(back), timeout=60)
         assert torch.equal(values(gradient.dx_data, gradient.dx), result.dx_RD)
+        if graphed or DEVICE == "cuda":
+            assert bytes_taken_in(host) == {encoding} & set(IN_GRAPHS if reply_in is None else ())
+
+
+@pytest.mark.parametrize("encoding", [Encoding.INT8, Encoding.BF16])
+def test_a_repeated_gradient_that_comes_as_bytes_is_answered_and_not_added(encoding: Encoding) -> None:
+    host = ExpertHost(rounded_banks(RUN, HOSTED, graphed=True), reply_bytes=0)
+    matrices = device_matrices(host.device, host.compute_dtype)
+    runner = LandedCalls(host, matrices)
+    call = forward_call(encoding=encoding)
+    back = backward_call(call, resend=True)
+
+    def run(message: bytes, kind: str) -> Tensor:
+        if kind == "forward":
+            answers = runner.forward_many([codec.decode_forward_call(message, Limits(), matrices)]).result()
+        else:
+            answers = runner.backward_many([codec.decode_backward_call(message, Limits(), matrices)]).result()
+        (answer,) = answers
+        if isinstance(answer, ForwardAnswer):
+            return ON_CPU.read(matrices.write(answer.y_RD, encoding), *answer.y_RD.shape, encoding, "y")
+        assert isinstance(answer, BackwardAnswer)
+        repeated.append(answer.repeated)
+        return ON_CPU.read(matrices.write(answer.dx_RD, encoding), *answer.dx_RD.shape, encoding, "dx")
+
+    repeated: list[bool] = []
+    run(codec.encode_forward_call(call), "forward")
+    first = run(codec.encode_backward_call(back), "backward")
+    added = [grad.clone() for grad in host._banks[call.layer]._optimizer.grads]
+    again = run(codec.encode_backward_call(back), "backward")
+    assert repeated == [False, True]
+    assert_close(again, first)
+    for grad, before in zip(host._banks[call.layer]._optimizer.grads, added, strict=True):
+        assert torch.equal(grad, before)
 
 
 async def test_calls_of_many_sizes_at_once_whole_and_in_pieces_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +173,8 @@ async def test_a_gradient_of_another_width_never_reaches_the_device(
 ) -> None:
     """A kernel is made for each width: that takes minutes, or fails, and with it whatever calls run together."""
     landed: list[Tensor] = []
-    monkeypatch.setattr(OnDevice, "land", lambda _, x_RD: landed.append(x_RD))
+    for way in ("land", "land_later"):
+        monkeypatch.setattr(OnDevice, way, lambda _, x_RD, *_reply: landed.append(x_RD))
     sound = forward_call(encoding=Encoding.INT8)
     wide = replace(backward_call(sound), grad_RD=torch.ones(1, n_columns))
     async with serving_on_device() as (_, client, _):

@@ -33,7 +33,8 @@ def test_sorting_by_counting_equals_torchs_stable_sort(
     ids_TK = torch.randint(-2, e + 1, (t, k), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_routing, "_AT_ONCE", at_once)  # smaller: several programs share the sort
-        patch.setattr(device_routing, "_FEW_BLOCKS", few_blocks)  # smaller: larger ones, summed up in more steps
+        patch.setattr(device_routing, "_ONE_HOT", 16 if few_blocks < 128 else 32768)  # small ones, and so many
+        patch.setattr(device_routing, "_FEW_BLOCKS", few_blocks)  # fewer than there are: summed up in several steps
         found = device_routing.sort_pairs(ids_TK, e)
     right = pointwise.sort_pairs(ids_TK, e)
     n_pairs = int(right.end_E[-1])

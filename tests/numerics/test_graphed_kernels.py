@@ -12,7 +12,7 @@ from moe_net.kernels import graphed
 from moe_net.kernels.device.matrices import OnDevice
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.graphed import BUCKETS, MAX_CHOICES, GraphedExperts, bucket_of
-from moe_net.kernels.promise import is_promise, landed, take_sent
+from moe_net.kernels.promise import Payload, is_promise, landed, take_sent
 from moe_net.kernels.types import zero_sums
 from moe_net.types import Activation, Encoding
 from moe_net.wire import compress
@@ -60,7 +60,7 @@ def check_sent(got: torch.Tensor, encoding: Encoding | None) -> None:
 
 @given(steps=STEPS)
 @settings(max_examples=16, suppress_health_check=[HealthCheck.too_slow])
-def test_interleaved_calls_equal_single_ones(steps: list[tuple[str, int]]) -> None:
+def test_interleaved_calls_equal_single_ones(steps: list[tuple[str, int, Encoding | None]]) -> None:
     weights = call(0, 1).weights
     sums, expected = zero_sums(weights), zero_sums(weights)
     experts, waiting = GraphedExperts(weights, sums, backend="triton"), []
@@ -123,3 +123,44 @@ def test_buckets_are_few_however_many_sizes_callers_choose(monkeypatch: pytest.M
     right = moe_ffn_backward(case.dy_TD[:9], *few, case.weights, None, weight_grads=None, backend="loop")
     torch.testing.assert_close(dx, right[0], rtol=3e-5, atol=3e-5)
     torch.testing.assert_close(dgates, right[1], rtol=3e-5, atol=3e-5)
+
+
+def test_nothing_is_added_when_there_is_no_room_for_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = call(1, 9)
+    sums = zero_sums(case.weights)
+    experts = GraphedExperts(case.weights, sums, backend="triton")
+    args = (case.x_TD, case.ids_TK, case.gates_TK)
+    _, saved = experts.forward(*args, keep=True)
+    dy, _ = coming(case.dy_TD, Encoding.INT8)
+
+    def full(*_: object) -> Payload:
+        raise RuntimeError("no pinned memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphed._Wire, "message", full)
+        with pytest.raises(RuntimeError, match="no pinned memory"):
+            experts.backward(dy, *args, saved)
+    assert not any(bool(grad.any()) for grad in sums)
+
+
+def test_a_call_that_fails_half_way_into_a_bucket_takes_nothing_from_the_one_that_it_is_kept_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = call(1, 9), call(2, 9)
+    sums, expected = zero_sums(first.weights), zero_sums(first.weights)
+    experts = GraphedExperts(first.weights, sums, backend="triton")
+    args = (first.x_TD, first.ids_TK, first.gates_TK)
+    _, saved = experts.forward(*args, keep=True)
+
+    def broken(_: graphed._Wire, _data: torch.Tensor, _n: int, buffer_BD: torch.Tensor) -> None:
+        buffer_BD.fill_(7.0)
+        raise RuntimeError("no memory for a graph")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphed._Wire, "take_in", broken)
+        with pytest.raises(RuntimeError, match="no memory for a graph"):
+            experts.forward(coming(second.x_TD, Encoding.INT8)[0], second.ids_TK, second.gates_TK, keep=True)
+    dx, dgates, _ = experts.backward(first.dy_TD, *args, saved)
+    right = moe_ffn_backward(first.dy_TD, *args, first.weights, None, weight_grads=expected, backend="loop")
+    for got, value in zip((dx, dgates, *sums), (*right, *expected), strict=True):
+        torch.testing.assert_close(got, value, rtol=3e-5, atol=3e-5)

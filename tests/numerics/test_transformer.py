@@ -295,10 +295,20 @@ def test_a_few_steps_learn_a_repeated_sequence() -> None:
 def test_bf16_autocast_stays_close_to_fp32() -> None:
     model = local_model(dataclasses.replace(SMALL, init_std=0.1, moe_every=2))
     tokens_BS = random_tokens()
-    exact_BSV = model(tokens_BS).logits_BSV
+    weights = list(model.parameters())
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        logits_BSV = model(tokens_BS).logits_BSV
+        gradients = torch.autograd.grad(logits_BSV.float().square().sum(), weights)
+        return logits_BSV.detach(), list(gradients)
+
+    exact_BSV, exact = run()
     with torch.autocast("cpu", torch.bfloat16):
-        rounded_BSV = model(tokens_BS).logits_BSV
-    assert float((rounded_BSV - exact_BSV).detach().norm() / exact_BSV.detach().norm()) < 0.02
+        rounded_BSV, rounded = run()
+    assert float((rounded_BSV - exact_BSV).norm() / exact_BSV.norm()) < 0.02
+    for got, right in zip(rounded, exact, strict=True):
+        assert got.dtype is torch.float32
+        assert float((got - right).norm()) <= 0.1 * float(right.norm())
 
 
 def test_a_sequence_that_is_too_long_is_refused() -> None:

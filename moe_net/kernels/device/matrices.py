@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_net.errors import WireError
 from moe_net.kernels.device import wire
 from moe_net.kernels.graphed import IN_GRAPHS
-from moe_net.kernels.promise import Payload, landed, payload_of, promise, take_sent
+from moe_net.kernels.promise import Payload, payload_of, promise, take_sent
 from moe_net.types import Encoding
 from moe_net.wire import compress
 from moe_net.wire.matrices import AT_ONCE, INLINE_BYTES, Arrival, is_large_part
@@ -64,12 +64,13 @@ class OnDevice:
 
     def land(self, x_RD: Tensor) -> Tensor:
         """`dtype` on the device; the bytes of `x_RD` are needed until its `arrival`."""
-        return landed(x_RD)
+        rows_RD = payload_of(x_RD).rows
+        return self._land(x_RD) if rows_RD is None else rows_RD
 
     def land_later(self, x_RD: Tensor, reply: Encoding) -> Tensor:
         """As `Matrices.land_later`. A graph has buffers for few encodings, and answers in the one it was asked in."""
         encoding = payload_of(x_RD).encoding
-        return x_RD if encoding is reply and encoding in IN_GRAPHS else landed(x_RD)
+        return x_RD if encoding is reply and encoding in IN_GRAPHS else self.land(x_RD)
 
     def _land(self, x_RD: Tensor) -> Tensor:
         payload = payload_of(x_RD)

@@ -20,7 +20,7 @@ _ONE_HOT = 32768
 # And so many at most in a program that does all of it: a program's time grows with them, 5 us for these and 39 for the
 # above, while three launches of many small programs take 8.
 _AT_ONCE = 8192
-# Programs of which the second launch sums up the counts in one step.
+# Programs of which the second launch sums up the counts in one step (of up to 128 experts).
 _FEW_BLOCKS = 128
 
 

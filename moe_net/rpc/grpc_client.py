@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -40,6 +42,9 @@ from moe_net.wire.validate import Limits
 
 FIRST_CHUNK_S, CHUNK_STALL_S = 20.0, 5.0
 """How long a peer may take to begin sending state (it copies and digests it first), and may pause then."""
+MAX_CONNECTIONS = 4
+"""To a peer. Of many calls in one connection each waits for the bytes of those before it, and for a packet of theirs
+that was lost; one after the other they take only one."""
 AnswerT = TypeVar("AnswerT")
 SERVICE = "/moe_net.v1.ExpertService/"
 QUEUE_US_KEY = "moe-queue-us"
@@ -87,9 +92,11 @@ class Traffic:
 
 
 @dataclass(slots=True)
-class _Link:
+class _Connection:
     channel: grpc.aio.Channel
     methods: dict[str, Callable[..., Any]]
+    n_calls: int = 0
+    """Under way."""
 
 
 class GrpcTransport:
@@ -100,25 +107,42 @@ class GrpcTransport:
         self._run = run
         self._shape = shape
         self._limits = limits or Limits()
-        self._links: dict[str, _Link] = {}
+        self._connections: dict[str, list[_Connection]] = {}
         self.traffic = Traffic()
 
-    def _link(self, address: str) -> _Link:
-        link = self._links.get(address)
-        if link is None:
-            channel = grpc.aio.insecure_channel(address, options=channel_options(self._limits))
-            methods: dict[str, Callable[..., Any]] = {
-                # No (de)serialiser: raw bytes in, raw bytes out.
-                name: channel.unary_unary(SERVICE + name, None, None)
-                for name in ("Forward", "Backward", "Commit", "Info")
-            }
-            for name in ("ForwardInPieces", "BackwardInPieces"):
-                methods[name] = channel.stream_stream(SERVICE + name, None, None)
-            methods["Fetch"] = channel.unary_stream(SERVICE + "Fetch", None, None)
-            methods["Share"] = channel.unary_stream(SERVICE + "Share", None, None)
-            methods["Exchange"] = channel.stream_stream(SERVICE + "Exchange", None, None)
-            link = self._links[address] = _Link(channel, methods)
-        return link
+    @contextmanager
+    def _methods(self, address: str) -> Generator[dict[str, Callable[..., Any]]]:
+        """Of the connection with the fewest calls; a new one rather than one with any, while there are few."""
+        connections = self._connections.setdefault(address, [])
+        best = min(connections, key=lambda connection: connection.n_calls, default=None)
+        if best is None or (best.n_calls and len(connections) < MAX_CONNECTIONS):
+            best = self._connect(address)
+            connections.append(best)
+        best.n_calls += 1
+        try:
+            yield best.methods
+        except CallError as error:
+            # Of several that wait before they connect again, one would fail calls to a peer that is back: the first one
+            # alone may wait. (What is let go closes itself when its last call is over.)
+            if error.failure is CallFailure.UNREACHABLE and best in connections[1:]:
+                connections.remove(best)
+            raise
+        finally:
+            best.n_calls -= 1
+
+    def _connect(self, address: str) -> _Connection:
+        channel = grpc.aio.insecure_channel(address, options=channel_options(self._limits))
+        methods: dict[str, Callable[..., Any]] = {
+            # No (de)serialiser: raw bytes in, raw bytes out.
+            name: channel.unary_unary(SERVICE + name, None, None)
+            for name in ("Forward", "Backward", "Commit", "Info")
+        }
+        for name in ("ForwardInPieces", "BackwardInPieces"):
+            methods[name] = channel.stream_stream(SERVICE + name, None, None)
+        methods["Fetch"] = channel.unary_stream(SERVICE + "Fetch", None, None)
+        methods["Share"] = channel.unary_stream(SERVICE + "Share", None, None)
+        methods["Exchange"] = channel.stream_stream(SERVICE + "Exchange", None, None)
+        return _Connection(channel, methods)
 
     async def _call(
         self, peer: PeerInfo, method: str, request: Parts, read: Callable[[bytes | memoryview], AnswerT],
@@ -134,8 +158,8 @@ class GrpcTransport:
     async def _whole(self, peer: PeerInfo, method: str, request: Parts, timeout_s: float) -> bytes:
         whole = b"".join(request)
         self.traffic.sent_bytes += len(whole)
-        call = self._link(peer.address).methods[method]
-        reply = await _answer(peer, cast("Awaitable[bytes]", call(whole, timeout=timeout_s)))
+        with self._methods(peer.address) as methods:
+            reply = await _answer(peer, cast("Awaitable[bytes]", methods[method](whole, timeout=timeout_s)))
         self.traffic.received_bytes += len(reply)
         return reply
 
@@ -147,15 +171,21 @@ class GrpcTransport:
                 self.traffic.sent_bytes += len(piece)
                 yield piece
 
-        stream = self._link(peer.address).methods[method + "InPieces"](pieces(), timeout=timeout_s)
         reader = PieceReader(self._limits)
-        try:
-            while raw := await _answer(peer, cast("Awaitable[bytes]", stream.read())):  # empty: grpc.aio.EOF
-                self.traffic.received_bytes += len(raw)
-                reader.feed(raw)
-            return reader.finish()
-        finally:
-            stream.cancel()  # nothing, unless we left before its end
+        with self._methods(peer.address) as methods:
+            stream = methods[method + "InPieces"](pieces(), timeout=timeout_s)
+            try:
+                while raw := await _answer(peer, cast("Awaitable[bytes]", stream.read())):  # empty: grpc.aio.EOF
+                    self.traffic.received_bytes += len(raw)
+                    reader.feed(raw)
+                return reader.finish()
+            finally:
+                stream.cancel()  # nothing, unless we left before its end
+
+    def _stream(self, peer: PeerInfo, method: str, request: bytes | AsyncIterator[bytes], timeout_s: float) -> Any:
+        """Rare ones, for which no connection of their own is worth it."""
+        with self._methods(peer.address) as methods:
+            return methods[method](request, timeout=timeout_s)
 
     async def forward(self, peer: PeerInfo, call: ForwardCall, *, timeout_s: float) -> ForwardAnswer:
         request = codec.forward_call_parts(call)
@@ -195,7 +225,7 @@ class GrpcTransport:
         request = expert_pb2.FetchRequest(layer=layer, expert_index=list(expert_index)).SerializeToString()
         self.traffic.calls += 1
         self.traffic.sent_bytes += len(request)
-        stream = self._link(peer.address).methods["Fetch"](request, timeout=timeout_s)
+        stream = self._stream(peer, "Fetch", request, timeout_s)
         try:
             whole = await self._read_file(peer, stream, limit_bytes=max_state_bytes(len(asked), self._shape))
             state = unpack(whole, run=self._run, shape=self._shape)
@@ -212,7 +242,7 @@ class GrpcTransport:
         request = codec.encode_share_call(call)
         self.traffic.calls += 1
         self.traffic.sent_bytes += len(request)
-        stream = self._link(peer.address).methods["Share"](request, timeout=timeout_s)
+        stream = self._stream(peer, "Share", request, timeout_s)
         try:
             limit_bytes = max_share_bytes(len(call.experts), self._shape)
             whole = await self._read_file(peer, stream, limit_bytes=limit_bytes)
@@ -270,7 +300,7 @@ class GrpcTransport:
                 yield chunk
 
         self.traffic.calls += 1
-        stream = self._link(peer.address).methods["Exchange"](chunks(), timeout=timeout_s)
+        stream = self._stream(peer, "Exchange", chunks(), timeout_s)
         reader = ChunkReader(limit_bytes)
         try:
             while raw := await _answer(peer, cast("Awaitable[bytes]", stream.read())):  # empty: grpc.aio.EOF
@@ -286,9 +316,9 @@ class GrpcTransport:
         return mean
 
     async def close(self) -> None:
-        links, self._links = self._links, {}
-        for link in links.values():
-            await link.channel.close(None)
+        connections, self._connections = self._connections, {}
+        for connection in chain.from_iterable(connections.values()):
+            await connection.channel.close(None)
 
 
 async def _answer(peer: PeerInfo, call: Awaitable[bytes]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -34,12 +35,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from wire_calls import varint
 
+from moe_coordinator.proxy import Proxy
 from moe_net.client import make_banks
 from moe_net.config import RunConfig
 from moe_net.errors import MoeNetError
 from moe_net.experts.host import ExpertHost
 from moe_net.model.config import ModelConfig
 from moe_net.proto.v1 import expert_pb2
+from moe_net.rpc.base import CallError, CallFailure
+from moe_net.rpc.grpc_client import MAX_CONNECTIONS, GrpcTransport
 from moe_net.types import Encoding
 from moe_net.wire.messages import CommitCall, ForwardAnswer, ForwardCall
 from moe_net.wire.snapshot import unpack
@@ -285,3 +289,32 @@ async def test_a_port_that_is_taken_is_named() -> None:
         with pytest.raises(ValueError, match=f"cannot listen on {server.address}"):
             await second.start(server.address)
         await second.stop()
+
+
+async def test_calls_at_once_take_few_connections_and_calls_one_by_one_a_single_one() -> None:
+    calls = [forward_call(seed=seed) for seed in range(3 * MAX_CONNECTIONS)]
+    async with serving() as (server, client), Proxy(server.address) as proxy:
+        peer = replace(client.peer, address=proxy.address)
+        transport = GrpcTransport(run=RUN.name, shape=RUN.model.expert_shape)
+        for call in calls[:3]:
+            await transport.forward(peer, call, timeout_s=60)
+        assert proxy.accepted == 1
+        await asyncio.gather(*(transport.forward(peer, call, timeout_s=60) for call in calls))
+        assert proxy.accepted == MAX_CONNECTIONS
+        # All are cut, and nobody answers: what failed is let go, so that nothing waits for a peer that is back.
+        proxy.cut(math.inf)
+        failed = await asyncio.gather(
+            *(transport.forward(peer, call, timeout_s=60) for call in calls), return_exceptions=True
+        )
+        assert {error.failure for error in failed if isinstance(error, CallError)} == {CallFailure.UNREACHABLE}
+        assert len(failed) == len(calls)
+        assert len(transport._connections[peer.address]) == 1
+        proxy.end_cut()
+        async with asyncio.timeout(30):
+            answer: ForwardAnswer | BaseException = CallError(CallFailure.UNREACHABLE, "p", "not asked yet")
+            while isinstance(answer, CallError):  # refused at once, until the first one connects again
+                (answer,) = await asyncio.gather(
+                    transport.forward(peer, calls[0], timeout_s=60), return_exceptions=True
+                )
+        assert isinstance(answer, ForwardAnswer)
+        await transport.close()

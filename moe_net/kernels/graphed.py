@@ -53,7 +53,7 @@ def _filled(buffer_BX: Tensor, n_tokens: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Answer:
-    """Room for the answer of a call: taken before gradients are added, for then nothing more may fail."""
+    """Room for the answer of a call."""
 
     buffer_BD: Tensor
     rows_TD: Tensor
@@ -135,11 +135,6 @@ class _Bucket:
             return _Answer(buffer_BD, rows_TD, None, None)
         wire = self._wire(payload_of(asked_TD).encoding)
         return _Answer(buffer_BD, rows_TD, wire, wire.message(buffer_BD, n_tokens))
-
-    def leave_rows(self, asked_TD: Tensor, buffer_BD: Tensor) -> None:
-        """A promise that was taken in has landed: with a copy of its rows, before the next call's take their place."""
-        if is_promise(asked_TD):
-            payload_of(asked_TD).rows = _filled(buffer_BD, asked_TD.shape[0]).clone()
 
     def _wire(self, encoding: Encoding) -> _Wire:
         wire = self._wires.get(encoding)
@@ -305,11 +300,10 @@ class GraphedExperts:
         bucket = self._bucket(expert_ids_TK)
         kept = _Kept(bucket) if keep else None
         bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
-        answer = bucket.answer(x_TD, bucket.y_BD)
         bucket.forward_graph()
-        y_TD = answer.fill()
-        if keep:
-            bucket.leave_rows(x_TD, bucket.x_BD)
+        y_TD = bucket.answer(x_TD, bucket.y_BD).fill()
+        if keep and is_promise(x_TD):
+            payload_of(x_TD).rows = _filled(bucket.x_BD, x_TD.shape[0]).clone()
         return y_TD, Saved(NAME, kept, bucket.h_PH, static=True) if keep else None
 
     def backward(
@@ -326,8 +320,12 @@ class GraphedExperts:
             bucket.restore(kept)
         n_tokens = dy_TD.shape[0]
         bucket.take_in(dy_TD, bucket.dy_BD)
-        bucket.leave_rows(dy_TD, bucket.dy_BD)
+        # All room is taken while the bytes travel, and before anything is added: then nothing may fail.
         answer, dgates_TK = bucket.answer(dy_TD, bucket.dx_BD), torch.empty_like(bucket.dgates_BK[:n_tokens])
+        rows_TD = torch.empty_like(answer.rows_TD) if is_promise(dy_TD) else None
         bucket.backward_graph()
+        dx_TD = answer.fill()
         dgates_TK.copy_(_filled(bucket.dgates_BK, n_tokens), non_blocking=True)
-        return answer.fill(), dgates_TK.to(gates_TK.dtype), bucket.new
+        if rows_TD is not None:  # the promise has landed, before the next call's rows take their place
+            payload_of(dy_TD).rows = rows_TD.copy_(_filled(bucket.dy_BD, n_tokens), non_blocking=True)
+        return dx_TD, dgates_TK.to(gates_TK.dtype), bucket.new

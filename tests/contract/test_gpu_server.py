@@ -31,11 +31,11 @@ from torch import Tensor
 from moe_net.experts.host import ExpertHost
 from moe_net.kernels.device.matrices import OnDevice
 from moe_net.kernels.graphed import IN_GRAPHS
+from moe_net.kernels.promise import is_promise
 from moe_net.rpc import grpc_client
 from moe_net.types import Encoding
 from moe_net.wire import codec
-from moe_net.wire.matrices import ON_CPU
-from moe_net.wire.messages import BackwardAnswer, CommitCall, ForwardAnswer, ForwardCall
+from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitCall, ForwardAnswer, ForwardCall
 from moe_net.wire.validate import Limits
 from moe_peer import server
 from moe_peer.landing import LandedCalls
@@ -94,35 +94,59 @@ async def test_answers_are_those_of_a_server_on_the_cpu(
             assert bytes_taken_in(host) == {encoding} & set(IN_GRAPHS if reply_in is None else ())
 
 
+class BytesAlone:
+    """A host's answers to calls one by one, from bytes to bytes."""
+
+    def __init__(self, **settings: int) -> None:
+        self.host = ExpertHost(rounded_banks(RUN, HOSTED, graphed=True), **settings)
+        self._matrices = device_matrices(self.host.device, self.host.compute_dtype)
+        self._runner = LandedCalls(self.host, self._matrices)
+
+    def forward(self, call: ForwardCall) -> Tensor:
+        message = codec.decode_forward_call(codec.encode_forward_call(call), Limits(), self._matrices)
+        (answer,) = self._runner.forward_many([message]).result()
+        assert isinstance(answer, ForwardAnswer)
+        return codec.decode_forward_answer(codec.encode_forward_answer(answer, self._matrices), Limits()).y_RD
+
+    def backward(self, call: BackwardCall) -> BackwardAnswer:
+        message = codec.decode_backward_call(codec.encode_backward_call(call), Limits(), self._matrices)
+        (answer,) = self._runner.backward_many([message]).result()
+        assert isinstance(answer, BackwardAnswer)
+        return codec.decode_backward_answer(codec.encode_backward_answer(answer, self._matrices), Limits())
+
+    def sums(self) -> list[Tensor]:
+        return [grad.clone() for bank in self.host._banks.values() for grad in bank._optimizer.grads]
+
+
 @pytest.mark.parametrize("encoding", [Encoding.INT8, Encoding.BF16])
 def test_a_repeated_gradient_that_comes_as_bytes_is_answered_and_not_added(encoding: Encoding) -> None:
-    host = ExpertHost(rounded_banks(RUN, HOSTED, graphed=True), reply_bytes=0)
-    matrices = device_matrices(host.device, host.compute_dtype)
-    runner = LandedCalls(host, matrices)
-    call = forward_call(encoding=encoding)
+    peer, call = BytesAlone(reply_bytes=0), forward_call(encoding=encoding)
+    peer.forward(call)
     back = backward_call(call, resend=True)
+    first, added = peer.backward(back), peer.sums()
+    again = peer.backward(back)
+    assert (first.repeated, again.repeated) == (False, True)
+    assert_close(again.dx_RD, first.dx_RD)
+    for now, before in zip(peer.sums(), added, strict=True):
+        assert torch.equal(now, before)
 
-    def run(message: bytes, kind: str) -> Tensor:
-        if kind == "forward":
-            answers = runner.forward_many([codec.decode_forward_call(message, Limits(), matrices)]).result()
-        else:
-            answers = runner.backward_many([codec.decode_backward_call(message, Limits(), matrices)]).result()
-        (answer,) = answers
-        if isinstance(answer, ForwardAnswer):
-            return ON_CPU.read(matrices.write(answer.y_RD, encoding), *answer.y_RD.shape, encoding, "y")
-        assert isinstance(answer, BackwardAnswer)
-        repeated.append(answer.repeated)
-        return ON_CPU.read(matrices.write(answer.dx_RD, encoding), *answer.dx_RD.shape, encoding, "dx")
 
-    repeated: list[bool] = []
-    run(codec.encode_forward_call(call), "forward")
-    first = run(codec.encode_backward_call(back), "backward")
-    added = [grad.clone() for grad in host._banks[call.layer]._optimizer.grads]
-    again = run(codec.encode_backward_call(back), "backward")
-    assert repeated == [False, True]
-    assert_close(again, first)
-    for grad, before in zip(host._banks[call.layer]._optimizer.grads, added, strict=True):
-        assert torch.equal(grad, before)
+@pytest.mark.parametrize("encoding", [Encoding.INT8, Encoding.BF16])
+def test_a_gradient_that_came_as_bytes_can_be_taken_out_again(encoding: Encoding) -> None:
+    kept, void = (forward_call(encoding=encoding, seed=seed) for seed in (0, 1))
+    both, one = BytesAlone(), BytesAlone()
+    for peer, calls in ((both, (void, kept)), (one, (kept,))):
+        for call in calls:
+            peer.forward(call)
+            peer.backward(backward_call(call))
+    for entry in both.host._journal._fresh.values():  # rows, of which all can be made, and no message's memory
+        assert not is_promise(entry.grad)
+        assert not is_promise(entry.inputs.x_RD)
+    answer = both.host.commit(CommitCall(trainer=void.trainer, step=void.step, tokens=1, void=(void.call_id,)))
+    assert (answer.voided, answer.void_failed) == (1, 0)
+    assert any(bool(grad.any()) for grad in one.sums())
+    for got, right in zip(both.sums(), one.sums(), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
 
 
 async def test_calls_of_many_sizes_at_once_whole_and_in_pieces_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

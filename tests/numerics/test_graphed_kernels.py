@@ -12,7 +12,7 @@ from moe_net.kernels import graphed
 from moe_net.kernels.device.matrices import OnDevice
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.graphed import BUCKETS, MAX_CHOICES, GraphedExperts, bucket_of
-from moe_net.kernels.promise import Payload, is_promise, landed, take_sent
+from moe_net.kernels.promise import Payload, is_promise, landed, payload_of, take_sent
 from moe_net.kernels.types import zero_sums
 from moe_net.types import Activation, Encoding
 from moe_net.wire import compress
@@ -77,6 +77,8 @@ def test_interleaved_calls_equal_single_ones(steps: list[tuple[str, int, Encodin
             y, saved = experts.forward(x, *args, keep=step == "forward")
             same(y, moe_ffn_forward(x_TD, *args, weights, keep=False, backend="loop")[0])
             check_sent(y, encoding)
+            if encoding is not None and step == "forward":
+                assert payload_of(x).rows is not None, "its bytes need not be kept"
             waiting.append((case, x, x_TD, saved))
         elif waiting:
             case, x, x_TD, saved = waiting.pop(value % len(waiting))
@@ -87,6 +89,7 @@ def test_interleaved_calls_equal_single_ones(steps: list[tuple[str, int, Encodin
             right = moe_ffn_backward(dy_TD, x_TD, *args, weights, None, weight_grads=expected, backend="loop")
             same(dx, right[0])
             same(dgates, right[1])
+            assert encoding is None or payload_of(dy).rows is not None
             same(landed(dy), dy_TD)
             check_sent(dx, encoding)
     for got, right in zip(sums, expected, strict=True):

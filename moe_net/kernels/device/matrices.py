@@ -26,8 +26,6 @@ from moe_net.wire import compress
 from moe_net.wire.matrices import AT_ONCE, INLINE_BYTES, Arrival, is_large_part
 from moe_net.wire.validate import check_finite
 
-_DTYPES = {Encoding.FP32: torch.float32, Encoding.BF16: torch.bfloat16, Encoding.FP16: torch.float16}
-
 
 class OnDevice:
     """Rows in `dtype` on `device`; on a CPU, by Triton's interpreter, the same without pinned memory."""
@@ -50,7 +48,7 @@ class OnDevice:
             if not np.isfinite(np.frombuffer(data, np.float32, offset=rows * cols)).all():
                 raise WireError(f"{name}: holds an infinity or NaN")
         else:
-            check_finite(compress.tensor_view(data, _DTYPES[encoding]), name)
+            check_finite(compress.tensor_view(data, wire.DTYPES[encoding]), name)
         return promise(rows, cols, Payload(self._kept(data), encoding, land=self._land))
 
     def _kept(self, data: memoryview) -> Tensor:

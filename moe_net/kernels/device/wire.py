@@ -18,7 +18,8 @@ from moe_net.types import Encoding
 BLOCK = 64
 _VALUES = 4096
 """Of a program that casts."""
-_DTYPES = {Encoding.FP32: torch.float32, Encoding.BF16: torch.bfloat16, Encoding.FP16: torch.float16}
+DTYPES = {Encoding.FP32: torch.float32, Encoding.BF16: torch.bfloat16, Encoding.FP16: torch.float16}
+"""What rows are in, where these are the bytes themselves."""
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 # As in `wire.compress`: 127 times the largest is finite; below the smallest normal number a block becomes 0.
 _LARGEST_SCALE, _SMALLEST_SCALE = 2.679388389e36, torch.finfo(torch.float32).tiny
@@ -125,7 +126,7 @@ def decode(there_N: Tensor, encoding: Encoding, out_RD: Tensor) -> None:
     if encoding is Encoding.INT8:
         dequantise(there_N, out_RD)
     else:
-        cast(there_N.view(_DTYPES[encoding]), out_RD)
+        cast(there_N.view(DTYPES[encoding]), out_RD)
 
 
 def encode(y_RD: Tensor, encoding: Encoding, there_N: Tensor) -> None:
@@ -133,4 +134,4 @@ def encode(y_RD: Tensor, encoding: Encoding, there_N: Tensor) -> None:
     if encoding is Encoding.INT8:
         quantise(y_RD, there_N)
     else:
-        cast(y_RD, there_N.view(_DTYPES[encoding]))
+        cast(y_RD, there_N.view(DTYPES[encoding]))

@@ -4,13 +4,14 @@
 T tokens, K experts per token, E experts, D model width, F expert width, H columns of the first projection
 (2F for SwiGLU: gate then up; F for GELU).
 
-Measured on one core of an AMD EPYC (AVX-512), fp32, forward / forward and backward in ms, torch 2.13; "products" are
-the matrix products alone, on contiguous data:
+Measured on one core of an AMD EPYC (Zen 5), fp32, forward / forward and backward in ms, torch 2.13; "torch.mm" is the
+loop without oneDNN (see `onednn`):
 
-| T, K, E, D, F, activation     | reference + autograd | grouped     | loop        | products    |
-| 2048, 2, 4, 512, 2048, GELU   | 200 / 591            | 196 / 621   | 185 / 570   | 181 / 547   |
-| 256, 2, 4, 512, 2048, GELU    | 26.7 / 91.6          | 26.3 / 79.3 | 26.0 / 75.7 | 24.2 / 70.2 |
-| 512, 2, 3, 128, 128, SwiGLU   | 1.77 / 5.05          | 1.95 / 5.13 | 1.66 / 4.39 | 1.17 / 3.22 |
+| T, K, E, D, F, activation     | reference + autograd | grouped     | loop, torch.mm | loop        |
+| 2048, 2, 4, 512, 2048, GELU   | 165 / 511            | 165 / 554   | 160 / 500      | 84 / 279    |
+| 256, 2, 4, 512, 2048, GELU    | 25.4 / 86.1          | 23.0 / 72.8 | 22.9 / 67.9    | 12.7 / 37.4 |
+| 128, 1, 2, 128, 1280, SwiGLU  | 1.42 / 5.10          | 1.45 / 4.98 | 1.46 / 4.37    | 0.78 / 2.84 |
+| 512, 2, 3, 128, 128, SwiGLU   | 1.22 / 3.67          | 1.33 / 3.76 | 1.14 / 3.51    | 0.72 / 2.41 |
 
 So a CPU loops. What a GPU does is measured in docs/kernels.md.
 """
@@ -217,15 +218,15 @@ class _MoeFfn(torch.autograd.Function):
         y_TD, saved = moe_ffn_forward(x_TD, expert_ids_TK, gates_TK, weights, keep=True, backend=backend)
         ctx.activation = activation
         ctx.saved_as = None if saved is None else (saved.backend, saved.routing)
-        h_PH = None if saved is None else saved.h_PH
-        ctx.save_for_backward(x_TD, expert_ids_TK, gates_TK, w_in_EDH, w_out_EFD, h_PH)
+        blocks = () if saved is None else saved.blocks
+        ctx.save_for_backward(x_TD, expert_ids_TK, gates_TK, w_in_EDH, w_out_EFD, *blocks)
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD):
-        x_TD, expert_ids_TK, gates_TK, w_in_EDH, w_out_EFD, h_PH = ctx.saved_tensors
-        saved = None if ctx.saved_as is None else Saved(ctx.saved_as[0], ctx.saved_as[1], h_PH)
+        x_TD, expert_ids_TK, gates_TK, w_in_EDH, w_out_EFD, *blocks = ctx.saved_tensors
+        saved = None if ctx.saved_as is None else Saved(ctx.saved_as[0], ctx.saved_as[1], tuple(blocks))
         weights = ExpertWeights(w_in_EDH, w_out_EFD, ctx.activation)
         fresh = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         dx_TD, dgates_TK, new = _backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, fresh=fresh)

@@ -43,7 +43,7 @@ def forward(
     h_PH, a_PF = products.up(x_TD, weights.w_in_EDH, routing, n_choices, gated=gated)
     y_PD = products.rows(a_PF, weights.w_out_EFD, routing)
     y_TD, _ = rows.combine(y_PD, routing, (n_tokens, n_choices), gates_TK)
-    return y_TD, Saved(NAME, routing, h_PH) if keep else None
+    return y_TD, Saved(NAME, routing, (h_PH,)) if keep else None
 
 
 def backward(

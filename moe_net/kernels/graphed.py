@@ -98,7 +98,7 @@ class _Bucket:
         return [y_BD, saved.h_PH, *saved.routing.tensors()]
 
     def _backward(self) -> list[Tensor]:
-        saved = Saved(self._backend.NAME, Routing(*self._kept[1:]), self.h_PH, static=True)
+        saved = Saved(self._backend.NAME, Routing(*self._kept[1:]), (self.h_PH,), static=True)
         dx_BD, dgates_BK, new = self._backend.backward(
             self.dy_BD, self.x_BD, self.ids_BK, self.gates_BK, self._weights, saved,
             sums=self._sums, fresh=self._sums is None,
@@ -304,7 +304,7 @@ class GraphedExperts:
         y_TD = bucket.answer(x_TD, bucket.y_BD).fill()
         if keep and is_promise(x_TD):
             payload_of(x_TD).rows = _filled(bucket.x_BD, x_TD.shape[0]).clone()
-        return y_TD, Saved(NAME, kept, bucket.h_PH, static=True) if keep else None
+        return y_TD, Saved(NAME, kept, (bucket.h_PH,), static=True) if keep else None
 
     def backward(
         self, dy_TD: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, saved: Saved | None

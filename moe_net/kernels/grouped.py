@@ -53,7 +53,7 @@ def forward(
     a_PF = rows.activate(h_PH, routing, gated=weights.activation is Activation.SWIGLU)
     y_PD = F.grouped_mm(a_PF, weights.w_out_EFD, offs=routing.end_E)
     y_TD, _ = rows.combine(y_PD, routing, (n_tokens, n_choices), gates_TK)
-    return y_TD, Saved(NAME, routing, h_PH) if keep else None
+    return y_TD, Saved(NAME, routing, (h_PH,)) if keep else None
 
 
 def backward(

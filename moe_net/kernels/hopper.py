@@ -104,7 +104,7 @@ def forward(
     y_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
     _gemm("rows", a_PF, weights.w_out_EFD, y_PD, weights.wide, cu_seqlens_m=bound_B)
     y_TD, _ = rows.combine(y_PD, routing, (n_tokens, n_choices), gates_TK)
-    return y_TD, Saved(NAME, routing, h_PH) if keep else None
+    return y_TD, Saved(NAME, routing, (h_PH,)) if keep else None
 
 
 def backward(

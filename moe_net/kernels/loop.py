@@ -8,7 +8,8 @@ with one expert.
 Where the time goes beside the products, and what is done about it:
 - gates are never multiplied into [P, F] tensors, only into [P, D] ones, or inside the weighted gather-sum;
 - the sum over a token's experts is one fused gather-sum (`embedding_bag`), in a fixed order: same bits every time;
-- scratch of the largest expert's size serves all experts, and weight gradients go straight into the sums (`addmm_`).
+- large products go to oneDNN where that is faster (`onednn`);
+- scratch of the largest expert's size serves all experts, and smaller products go straight into the sums (`addmm_`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_net.kernels.onednn import add_product_, has_fast, padded, product
 from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads, zero_sums
 from moe_net.types import Activation
 
@@ -42,7 +44,8 @@ class Routing:
 
     @property
     def largest(self) -> int:
-        return max((end - first for _, first, end in self.blocks), default=0)
+        """Rows that scratch has to have, for any expert."""
+        return max((padded(end - first) for _, first, end in self.blocks), default=0)
 
 
 def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:
@@ -75,40 +78,42 @@ def _combine(pairs_QD: Tensor, routing: Routing, gates_TK: Tensor) -> Tensor:
     return F.embedding_bag(routing.place_TK, pairs_QD, per_sample_weights=gates_TK, mode="sum")
 
 
-def _add_product(sum_MN: Tensor, a_Mn: Tensor, b_nN: Tensor) -> None:
-    if a_Mn.dtype is sum_MN.dtype:
-        sum_MN.addmm_(a_Mn, b_nN)
-    else:
-        sum_MN.add_(torch.mm(a_Mn, b_nN))
+def _gather(x_TD: Tensor, row_n: Tensor, scratch_nD: Tensor) -> Tensor:
+    """Rows into scratch; zeros into what it has beyond them."""
+    n = row_n.numel()
+    torch.index_select(x_TD, 0, row_n, out=scratch_nD[:n])
+    if scratch_nD.shape[0] > n:
+        scratch_nD[n:].zero_()
+    return scratch_nD
 
 
 def forward(
     x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, *, keep: bool
 ) -> tuple[Tensor, Saved | None]:
     """As `types.Backend.forward`."""
-    n_experts, d_model, d_hidden = weights.w_in_EDH.shape
-    d_ff = weights.w_out_EFD.shape[1]
-    routing = sort_pairs(expert_ids_TK, n_experts)
-    n_pairs, largest = routing.pair_P.numel(), routing.largest
-    y_QD = x_TD.new_empty(n_pairs + 1, d_model)
-    x_nD = x_TD.new_empty(largest, d_model)
-    h_PH = x_TD.new_empty(n_pairs if keep else largest, d_hidden)
-    a_nF = x_TD.new_empty(largest if keep else 0, d_ff)
+    d_model, d_ff = x_TD.shape[1], weights.w_out_EFD.shape[1]
+    routing = sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0])
+    largest = routing.largest
+    y_QD = x_TD.new_empty(routing.pair_P.numel() + 1, d_model)
+    rows_nD, a_nF = x_TD.new_empty(largest, d_model), x_TD.new_empty(largest, d_ff)
     gated = weights.activation is Activation.SWIGLU
+    blocks: list[Tensor] = []
     for expert, first, end in routing.blocks:
-        n = end - first
-        x = torch.index_select(x_TD, 0, routing.row_P[first:end], out=x_nD[:n])
-        h = torch.mm(x, weights.w_in_EDH[expert], out=h_PH[first:end] if keep else h_PH[:n])
-        # Without `keep` the activation overwrites the pre-activation.
-        a = a_nF[:n] if keep else h[:, :d_ff]
+        w_in_DH, w_out_FD = weights.w_in_EDH[expert], weights.w_out_EFD[expert]
+        fast = has_fast(x_TD, end - first, d_model, d_ff)
+        n = padded(end - first) if fast else end - first
+        x, a = _gather(x_TD, routing.row_P[first:end], rows_nD[:n]), a_nF[:n]
+        h = product(x, w_in_DH, fast=fast)
         if gated:
             _aten.silu.out(h[:, :d_ff], out=a)
             a.mul_(h[:, d_ff:])
         else:
             _aten.gelu.out(h, out=a)
-        torch.mm(a, weights.w_out_EFD[expert], out=y_QD[first:end])
+        y_QD[first:end] = product(a, w_out_FD, fast=fast)[: end - first]
+        if keep:
+            blocks.append(h)
     y_TD = _combine(y_QD, routing, gates_TK)
-    return y_TD, Saved(NAME, routing, h_PH) if keep else None
+    return y_TD, Saved(NAME, routing, tuple(blocks)) if keep else None
 
 
 def backward(
@@ -138,44 +143,46 @@ def backward(
     gate_P1 = gates_TK.reshape(-1).index_select(0, routing.pair_P).to(x_TD.dtype).unsqueeze(1)
     new = zero_sums(weights) if fresh else None
     rows_nD = x_TD.new_empty(largest, d_model)
-    h_nH = x_TD.new_empty(largest if saved is None else 0, d_hidden)
-    a_nF, da_nF, t_nF = x_TD.new_empty(3, largest, d_ff).unbind(0)
-    dh_nH = x_TD.new_empty(largest, d_hidden) if gated else da_nF
-    for expert, first, end in routing.blocks:
-        n = end - first
+    a_nF, t_nF = x_TD.new_empty(2, largest, d_ff).unbind(0)
+    dh_nH = x_TD.new_empty(largest, d_hidden)
+    for number, (expert, first, end) in enumerate(routing.blocks):
+        w_in_HD, w_out_DF = weights.w_in_EDH[expert].t(), weights.w_out_EFD[expert].t()
+        fast = has_fast(x_TD, end - first, d_model, d_ff)
+        here, n = end - first, padded(end - first) if fast else end - first
         row, gate = routing.row_P[first:end], gate_P1[first:end]
-        rows, a, da, dh, t = rows_nD[:n], a_nF[:n], da_nF[:n], dh_nH[:n], t_nF[:n]
+        rows, a, dh, t = rows_nD[:n], a_nF[:n], dh_nH[:n], t_nF[:n]
         if saved is None:
-            torch.index_select(x_TD, 0, row, out=rows)
-            h = torch.mm(rows, weights.w_in_EDH[expert], out=h_nH[:n])
+            x = _gather(x_TD, row, rows)
+            h = product(x, w_in_HD.t(), fast=fast)
         else:
-            h = saved.h_PH[first:end]
-        dy = torch.index_select(dy_TD, 0, row, out=rows)
-        torch.mm(dy, weights.w_out_EFD[expert].t(), out=da)
+            h = saved.blocks[number]
+        dy = _gather(dy_TD, row, rows)
+        da = product(dy, w_out_DF, fast=fast)
         if gated:
             gate_n, up = h[:, :d_ff], h[:, d_ff:]
             _aten.silu.out(gate_n, out=t)
             torch.mul(da, t, out=dh[:, d_ff:])
             torch.mul(t, up, out=a)
             torch.mul(dh[:, d_ff:], up, out=t)
-            torch.sum(t, 1, dtype=dgate_P.dtype, out=dgate_P[first:end])
+            torch.sum(t[:here], 1, dtype=dgate_P.dtype, out=dgate_P[first:end])
             da.mul_(up)
             _aten.silu_backward.grad_input(da, gate_n, grad_input=dh[:, :d_ff])
         else:
             _aten.gelu.out(h, out=a)
             torch.mul(da, a, out=t)
-            torch.sum(t, 1, dtype=dgate_P.dtype, out=dgate_P[first:end])
+            torch.sum(t[:here], 1, dtype=dgate_P.dtype, out=dgate_P[first:end])
             _aten.gelu_backward.grad_input(da, h, grad_input=dh)
-        torch.mm(dh, weights.w_in_EDH[expert].t(), out=dx_QD[first:end])
+        dx_QD[first:end] = product(dh, w_in_HD, fast=fast)[:here]
         if sums is not None or new is not None:
-            dy.mul_(gate)
+            dy[:here].mul_(gate)
             for grads in (sums, new):
                 if grads is not None:
-                    _add_product(grads.w_out_EFD[expert], a.t(), dy)
-            x = torch.index_select(x_TD, 0, row, out=rows).mul_(gate)
+                    add_product_(grads.w_out_EFD[expert], a.t(), dy, fast=fast)
+            x = _gather(x_TD, row, rows)
+            x[:here].mul_(gate)
             for grads in (sums, new):
                 if grads is not None:
-                    _add_product(grads.w_in_EDH[expert], x.t(), dh)
+                    add_product_(grads.w_in_EDH[expert], x.t(), dh, fast=fast)
     dx_TD = _combine(dx_QD, routing, gates_TK)
     dgates = dgate_P.new_zeros(gates_TK.numel()).index_copy_(0, routing.pair_P, dgate_P)
     if new is not None:

@@ -56,14 +56,21 @@ class Saved:
     backend: str
     routing: Any
     """The backend's own sort of the pairs."""
-    h_PH: Tensor
+    blocks: tuple[Tensor, ...]
+    """Pre-activations [n, H] of all pairs at once, or of one expert after the other."""
     static: bool = False
     """Whether the pre-activations' memory is somebody's to use again: then `release` leaves it alone."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pre-activations; the routing is smaller by about the factor H / 4."""
-        return self.h_PH.numel() * self.h_PH.element_size()
+        return sum(h_nH.numel() * h_nH.element_size() for h_nH in self.blocks)
+
+    @property
+    def h_PH(self) -> Tensor:
+        """The only block."""
+        (h_PH,) = self.blocks
+        return h_PH
 
     def release(self) -> None:
         """Free the pre-activations before the weights' gradients, where a backward's memory peaks.
@@ -71,12 +78,13 @@ class Saved:
         Their storage shrinks, since autograd holds the tensor until the backward has returned.
         """
         if not self.static:
-            self.h_PH.untyped_storage().resize_(0)
+            for h_nH in self.blocks:
+                h_nH.untyped_storage().resize_(0)
 
     @property
     def used_up(self) -> bool:
         """Whether they are gone: another backward of the same forward computes them again."""
-        return self.nbytes > 0 and self.h_PH.untyped_storage().nbytes() == 0
+        return any(h_nH.numel() > 0 and h_nH.untyped_storage().nbytes() == 0 for h_nH in self.blocks)
 
 
 class Backend(Protocol):

@@ -1,0 +1,101 @@
+"""The products that a CPU leaves to oneDNN: the same experts as by torch.mm, in shapes of a bounded number."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import make_case
+from kernel_checks import check, run_explicit
+
+from moe_net.kernels import onednn
+from moe_net.kernels.onednn import add_product_, has_fast, padded, product
+from moe_net.types import Activation
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch is without oneDNN"
+)
+
+CASES = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 10_000),
+        "t": st.integers(0, 60),
+        "k": st.sampled_from([1, 2, 3, 8]),
+        "e": st.integers(1, 6),
+        "d": st.sampled_from([1, 8, 13]),
+        "f": st.sampled_from([1, 8, 21]),
+        "activation": st.sampled_from(list(Activation)),
+        "routing": st.sampled_from(["random", "one hot", "empty experts", "padding"]),
+    }
+)
+
+
+@contextmanager
+def always_fast() -> Generator[None]:
+    """Of whatever size, and whatever the processor can do."""
+    with patch.multiple(onednn, _ONEDNN=True, _MANY=0, _FEWEST_ROWS=1):
+        yield
+
+
+@given(shape=CASES)
+@settings(max_examples=1000)
+def test_output_and_every_gradient_equal_the_fp64_reference(shape: dict[str, Any]) -> None:
+    with always_fast():
+        check(make_case(**shape), "loop")
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_without_what_forward_kept_the_bits_are_the_same(activation: Activation) -> None:
+    case = make_case(3, t=90, k=2, e=4, d=16, f=24, activation=activation)
+    with always_fast():
+        kept, fresh = run_explicit(case, "loop"), run_explicit(case, "loop", keep=False)
+    assert all(torch.equal(kept[name], fresh[name]) for name in kept)
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_experts_large_enough_take_them_by_themselves_and_agree(activation: Activation) -> None:
+    case = make_case(3, t=200, k=2, e=3, d=96, f=320, activation=activation)
+    with (
+        patch.object(onednn, "_ONEDNN", new=True),
+        patch.object(onednn.torch.ops.mkldnn, "_linear_pointwise") as op,
+    ):
+        op.side_effect = RuntimeError("called")
+        with pytest.raises(RuntimeError, match="called"):
+            run_explicit(case, "loop")
+    with patch.object(onednn, "_ONEDNN", new=True):
+        check(case, "loop")
+
+
+def test_few_rows_small_experts_and_other_dtypes_stay_with_torch() -> None:
+    x = torch.ones(1)
+    with patch.object(onednn, "_ONEDNN", new=True):
+        assert has_fast(x, 64, 128, 1280)
+        assert not has_fast(x, 3, 4096, 4096)
+        assert not has_fast(x, 64, 64, 64)
+        assert not has_fast(x.double(), 64, 128, 1280)
+        assert not has_fast(x.bfloat16(), 64, 128, 1280)
+
+
+@given(rows=st.integers(1, 2**20))
+def test_rows_are_filled_up_by_an_eighth_at_most(rows: int) -> None:
+    assert rows <= padded(rows) <= max(rows + rows / 8, 16)
+    assert padded(padded(rows)) == padded(rows)
+
+
+def test_there_are_few_numbers_of_rows() -> None:
+    assert len({padded(rows) for rows in range(1, 2**14 + 1)}) <= 8 * 14
+
+
+def test_products_of_views_and_sums() -> None:
+    a, b = torch.randn(40, 24).t(), torch.randn(56, 40).t()
+    expected = (a.double() @ b.double()).float()
+    torch.testing.assert_close(product(a, b, fast=True), expected, rtol=1e-5, atol=1e-5)
+    total = torch.ones(24, 56)
+    add_product_(total, a, b, fast=True)
+    torch.testing.assert_close(total, 1 + expected, rtol=1e-5, atol=1e-5)

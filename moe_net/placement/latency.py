@@ -9,10 +9,14 @@ Times are in seconds and for the typical number of rows; a call with more rows i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from types import MappingProxyType
+from typing import TypeVar
+
+NumberT = TypeVar("NumberT", int, float)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,10 @@ class Track:
     """When the latest came."""
     unanswered: int = 0
     """Calls in a row that were given up."""
+    totals_s: tuple[float, ...] = ()
+    """Of the samples, ascending."""
+    rows: tuple[int, ...] = ()
+    """Of the samples, ascending."""
     median_s: float = 0.0
     tail_s: float = 0.0
     typical_rows: float = 1.0
@@ -101,16 +109,29 @@ def after_sample(
     """The state with one more call."""
     before = state.track(peer_id, kind)
     samples = (*before.samples, sample)[-config.window :]
-    totals_s = sorted(s.total_s for s in samples)
+    gone = before.samples[: len(before.samples) + 1 - len(samples)]
+    # Kept in order: to sort them again for each call took 25 us of its 600.
+    totals_s = _exchanged(before.totals_s, [s.total_s for s in gone], sample.total_s)
+    rows = _exchanged(before.rows, [s.rows for s in gone], sample.rows)
     track = Track(
         samples=samples,
         last_s=now_s,
         unanswered=0 if sample.answered else before.unanswered + 1,
+        totals_s=totals_s,
+        rows=rows,
         median_s=totals_s[(len(totals_s) - 1) // 2],
         tail_s=totals_s[min(len(totals_s) - 1, int(config.tail_quantile * len(totals_s)))],
-        typical_rows=max(1.0, median(s.rows for s in samples)),
+        typical_rows=max(1.0, (rows[(len(rows) - 1) // 2] + rows[len(rows) // 2]) / 2),
     )
     return LatencyState(tracks=MappingProxyType({**state.tracks, (peer_id, kind): track}))
+
+
+def _exchanged(ascending: tuple[NumberT, ...], gone: Iterable[NumberT], new: NumberT) -> tuple[NumberT, ...]:
+    values = list(ascending)
+    for value in gone:
+        del values[bisect_left(values, value)]
+    insort(values, new)
+    return tuple(values)
 
 
 def without_peer(state: LatencyState, peer_id: str) -> LatencyState:

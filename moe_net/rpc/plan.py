@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,38 +48,41 @@ def ship(
     A call stays within `max_tensor_bytes` and `max_rows` (larger ones are cut by rows: a big message blocks a
     connection, and servers refuse one over their limits).
     """
-    n_tokens, k = expert_ids_TK.shape
+    n_tokens = expert_ids_TK.shape[0]
+    # By numpy: of hundreds of tokens an operator of torch's is all overhead (256 x 2 to four servers: 196 -> 72 us).
+    ids_TK, gate_all = expert_ids_TK.numpy(), gates_TK.detach().reshape(-1).numpy()
     names = sorted(set(server_of.values()))
-    table_E = torch.full((int(expert_ids_TK.max().item()) + 2 if n_tokens else 1,), -1, dtype=torch.int64)
+    table_E = np.full(int(ids_TK.max()) + 2 if n_tokens else 1, -1, dtype=np.int16)
     for expert, name in server_of.items():
-        if expert < table_E.numel() - 1:
+        if expert < table_E.size - 1:
             table_E[expert] = names.index(name)
     # Index -1 (no expert) reads the table's last entry, which is always -1.
-    server_TK = table_E[expert_ids_TK].masked_fill(~pending_TK, -1)
+    server_TK = np.where(pending_TK.numpy(), table_E[ids_TK], -1)
     rows_per_call = min(max_rows, max(1, max_tensor_bytes // max(1, payload_bytes(1, x_TD.shape[1], encoding))))
     shipments: list[Shipment] = []
     for number, name in enumerate(names):
         here_TK = server_TK == number
         experts = tuple(expert for expert, server in server_of.items() if server == name)
-        token_all = here_TK.any(dim=1).nonzero().squeeze(1)
-        for token_R in token_all.split(rows_per_call):
-            if token_R.numel() == 0:
-                continue
-            here_RK = here_TK[token_R]
-            slot_RK = token_R[:, None] * k + torch.arange(k)
-            pair_P = slot_RK[here_RK]
+        count_T = here_TK.sum(axis=1, dtype=np.int32)
+        token_all, pair_all = np.flatnonzero(count_T), np.flatnonzero(here_TK)
+        first_pair = 0
+        for first in range(0, token_all.size, rows_per_call):
+            token_R = torch.from_numpy(token_all[first : first + rows_per_call])
+            count_R = count_T[token_all[first : first + rows_per_call]]
+            pair_P = pair_all[first_pair : first_pair + int(count_R.sum())]
+            first_pair += pair_P.size
             shipments.append(
                 Shipment(
                     peer_id=name,
                     experts=experts,
                     token_R=token_R,
-                    pair_P=pair_P,
+                    pair_P=torch.from_numpy(pair_P),
                     rows=RoutedRows(
                         # All tokens: no copy is needed.
-                        x_RD=x_TD if token_R.numel() == n_tokens else x_TD[token_R],
-                        experts_per_row_R=here_RK.sum(dim=1, dtype=torch.int32),
-                        expert_index_P=expert_ids_TK.reshape(-1)[pair_P].to(torch.int32),
-                        gate_P=gates_TK.reshape(-1)[pair_P],
+                        x_RD=x_TD if token_R.numel() == n_tokens else x_TD.index_select(0, token_R),
+                        experts_per_row_R=torch.from_numpy(count_R),
+                        expert_index_P=torch.from_numpy(ids_TK.reshape(-1)[pair_P].astype(np.int32)),
+                        gate_P=torch.from_numpy(gate_all[pair_P]),
                     ),
                 )
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from statistics import median, median_low
 
 import pytest
 from hypothesis import given
@@ -55,6 +56,20 @@ def test_stalls_in_one_call_of_twenty_are_found_overdue_and_ordinary_calls_are_n
     stalls = sum(total_s > 1 for total_s in totals_s)
     assert found > 0.97 * stalls
     assert ordinary < 0.02 * len(totals_s)
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.5, 3.0]), st.integers(1, 9)), min_size=1, max_size=60))
+def test_what_is_kept_in_order_is_what_the_window_holds(calls: list[tuple[float, int]]) -> None:
+    config = LatencyConfig(window=8)
+    state = LatencyState()
+    for number, (total_s, rows) in enumerate(calls, start=1):
+        state = after_sample(state, "a", "forward", Sample(total_s=total_s, rows=rows), 0.0, config)
+        window, track = calls[max(0, number - 8) : number], state.track("a", "forward")
+        totals_s = sorted(total_s for total_s, _ in window)
+        assert track.totals_s == tuple(totals_s)
+        assert track.median_s == median_low(totals_s)
+        assert track.tail_s == totals_s[min(len(totals_s) - 1, int(0.8 * len(totals_s)))]
+        assert track.typical_rows == median(rows for _, rows in window)
 
 
 def test_too_few_calls_say_nothing() -> None:

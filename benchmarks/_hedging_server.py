@@ -17,6 +17,7 @@ from _processes import die_with_parent, say
 
 from moe_net.client import make_banks
 from moe_net.experts.host import ExpertHost
+from moe_net.garbage import tune_collector
 from moe_net.wire.allocator import tune_allocator
 from moe_peer.server import ExpertServer
 
@@ -59,6 +60,7 @@ async def serve(peer_id: str, fraction: float, stall_s: float, seed: int) -> Non
 def main() -> None:
     die_with_parent()
     tune_allocator()
+    tune_collector()
     torch.set_num_threads(1)
     uvloop.run(serve(sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])))
 

@@ -13,6 +13,7 @@ from _processes import die_with_parent, say
 
 from moe_net.client import make_banks
 from moe_net.experts.host import ExpertHost
+from moe_net.garbage import tune_collector
 from moe_net.wire.allocator import tune_allocator
 from moe_peer.server import ExpertServer
 
@@ -35,6 +36,7 @@ async def serve(number: int) -> None:
 def main() -> None:
     die_with_parent()
     tune_allocator()
+    tune_collector()
     torch.set_num_threads(1)
     uvloop.run(serve(int(sys.argv[1])))
 

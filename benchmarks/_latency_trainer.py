@@ -11,6 +11,7 @@ import torch
 from _latency_run import experts_of, make_batches, make_run
 from _processes import die_with_parent, serve_requests
 
+from moe_net.garbage import tune_collector
 from moe_net.model.remote_moe import SwarmLink
 from moe_net.placement.view import View
 from moe_net.rpc.grpc_client import GrpcTransport
@@ -33,6 +34,7 @@ async def make_swarm(addresses: list[str]) -> tuple[ExpertSwarm, GrpcTransport]:
 def main() -> None:
     die_with_parent()
     tune_allocator()
+    tune_collector()
     torch.set_num_threads(1)
     run = make_run()
     with Portal() as portal:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_net.experts.bank import ExpertBank
 from moe_net.experts.host import ExpertHost
+from moe_net.garbage import tune_collector
 from moe_net.wire.allocator import tune_allocator
 from moe_peer.server import ExpertServer
 
@@ -52,6 +53,7 @@ async def serve(d_model: int) -> None:
 def main() -> None:
     die_with_parent()
     tune_allocator()
+    tune_collector()
     torch.set_num_threads(1)
     uvloop.run(serve(int(sys.argv[1])))
 

@@ -13,6 +13,7 @@ from _processes import die_with_parent, serve_requests
 from torch import Tensor
 
 from moe_net.config import RunConfig
+from moe_net.garbage import tune_collector
 from moe_net.model.remote_moe import RemoteMoE, SwarmLink
 from moe_net.placement.view import View
 from moe_net.rpc.grpc_client import GrpcTransport
@@ -33,6 +34,7 @@ async def make_swarm(run: RunConfig, address: str) -> tuple[ExpertSwarm, GrpcTra
 def main() -> None:
     die_with_parent()
     tune_allocator()
+    tune_collector()
     torch.set_num_threads(1)
     d_model, address = int(sys.argv[1]), sys.argv[2]
     run = make_run(d_model, 4 * d_model)

@@ -14,6 +14,7 @@ import uvloop
 from _processes import die_with_parent, serve_requests
 from torch import Tensor
 
+from moe_net.garbage import tune_collector
 from moe_net.wire.allocator import tune_allocator
 
 D_MODEL = 512
@@ -30,6 +31,7 @@ def prepare_process() -> None:
     """Same in every process of every contestant: one torch thread, our allocator settings, ends with its parent."""
     die_with_parent()
     tune_allocator()
+    tune_collector()
     torch.set_num_threads(1)
 
 

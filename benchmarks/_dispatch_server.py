@@ -59,7 +59,9 @@ def payloads(task: Task) -> Step:
         dy = matrices.land_later(matrices.read(dy_N, n_rows, width, Encoding.INT8, "dy"), Encoding.INT8)
         dx_TD, dgates_TK, _ = experts.backward(dy, matrices.land(x), task.ids_TK, task.gates_TK, saved)
         sent = matrices.ship(dx_TD, Encoding.INT8)
-        matrices.arrival().synchronize()
+        arrival = matrices.arrival()
+        experts.settle()  # the answer does not wait for the weights' gradients; the next step does
+        arrival.synchronize()
         matrices.write(sent, Encoding.INT8)
         return y_TD, dx_TD, dgates_TK, None, None
 

@@ -185,6 +185,11 @@ class ExpertBank:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
+    def settle(self) -> None:
+        """Begin what the answer of a backward did not wait for: the addition of its gradients."""
+        if self._graphed is not None:
+            self._graphed.settle()
+
     def _rows(self, x_RD: Tensor) -> Tensor:
         """On the bank's device, in the dtype it computes in."""
         return landed(x_RD).to(self.device, self._compute.w_in_EDH.dtype, non_blocking=True)
@@ -216,7 +221,7 @@ class ExpertBank:
         accumulate: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """(dx [R, D] where x is, dgates [R, K] where the experts are) of the same forward; adds to the experts'
-        gradient sums unless told not to.
+        gradient sums unless told not to, of a promise after `settle`.
 
         Of a `saved` that is older than the weights nothing is used: all gradients belong to the weights of now.
         """
@@ -252,6 +257,7 @@ class ExpertBank:
 
     def clear_grads(self) -> None:
         """The gradient sums start again at zero."""
+        self.settle()
         self._optimizer.zero_grads()
         self._summed_rows_E.zero_()
         self._made_up_E.zero_()
@@ -272,6 +278,7 @@ class ExpertBank:
         calls may come before that: their gradients belong to the next step."""
         if tokens < 0:
             raise ValueError(f"cannot commit {tokens} tokens")
+        self.settle()
         self.committed_tokens += tokens
         if self.committed_tokens < self.global_batch_tokens:
             return None
@@ -366,6 +373,7 @@ class ExpertBank:
         return dict(zip(STATE_FIELDS[:-1], stacks, strict=True))
 
     def _sums(self) -> dict[str, Tensor]:
+        self.settle()
         return dict(zip(SUM_FIELDS[:-1], self._optimizer.grads, strict=True))
 
     def state(self, indices: Sequence[int] | None = None, *, with_sums: bool = False) -> dict[str, Tensor]:

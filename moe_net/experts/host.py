@@ -267,6 +267,12 @@ class ExpertHost:
         if dx_RD.device != bank.device:
             bank.finish()
 
+    def settle(self) -> None:
+        """See `ExpertBank.settle`: for whoever calls with promises (`kernels.promise`), once the answers are on their
+        way."""
+        for bank in self._banks.values():
+            bank.settle()
+
     def commit(self, call: CommitCall) -> CommitAnswer:
         """Take out what went to other replicas, close the trainer's step, count its tokens in every expert; these step
         when that was the batch. BusyError: no room to remember the trainer. WireError: negative, or more tokens than

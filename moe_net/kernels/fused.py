@@ -10,6 +10,8 @@ cost is launches. Where the gate enters is explained in `loop.backward`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,7 @@ def backward(
     *,
     sums: WeightGrads | None,
     fresh: bool = False,
+    early: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, WeightGrads | None]:
     """As `types.Backend.backward`."""
     if expert_ids_TK.numel() == 0:
@@ -73,6 +76,17 @@ def backward(
     if saved is not None:
         saved.release()
     del h_PH
+
+    def rows_back() -> tuple[Tensor, Tensor]:
+        dx_PD = products.rows(dh_PH, weights.w_in_EDH.transpose(1, 2), routing)
+        dx_TD, dgates_TK = rows.combine(dx_PD, routing, (n_tokens, n_choices), None, partial_PN)
+        assert dgates_TK is not None
+        return dx_TD, dgates_TK.to(gates_TK.dtype)
+
+    back = None
+    if early is not None:
+        back = rows_back()
+        early()
     new = WeightGrads(torch.empty_like(weights.w_in_EDH), torch.empty_like(weights.w_out_EFD)) if fresh else None
     for grads in (sums, new):
         if grads is not None:
@@ -80,7 +94,4 @@ def backward(
             products.weights(a_PF, dy_TD, grads.w_out_EFD, routing, n_choices, gather="b", add=add)
             products.weights(x_TD, dh_PH, grads.w_in_EDH, routing, n_choices, gather="a", add=add)
     del a_PF
-    dx_PD = products.rows(dh_PH, weights.w_in_EDH.transpose(1, 2), routing)
-    dx_TD, dgates_TK = rows.combine(dx_PD, routing, (n_tokens, n_choices), None, partial_PN)
-    assert dgates_TK is not None
-    return dx_TD, dgates_TK.to(gates_TK.dtype), new
+    return *(back or rows_back()), new

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class _Bucket:
         self.forward_graph, forward = _capture(self._forward, device)
         self.y_BD, self.h_PH, self._kept = forward[0], forward[1], forward[1:]
         # Padding alone adds nothing to the sums, also while a graph is made.
-        self.backward_graph, backward = _capture(self._backward, device)
+        self.rows_graph, self.weights_graph, backward = _capture_in_two(self._backward, device)
         self.dx_BD, self.dgates_BK = backward[:2]
         self.new = WeightGrads(backward[2], backward[3]) if sums is None else None
 
@@ -97,11 +98,11 @@ class _Bucket:
         assert saved is not None
         return [y_BD, saved.h_PH, *saved.routing.tensors()]
 
-    def _backward(self) -> list[Tensor]:
+    def _backward(self, early: Callable[[], None] | None, *, adding: bool) -> list[Tensor]:
         saved = Saved(self._backend.NAME, Routing(*self._kept[1:]), (self.h_PH,), static=True)
         dx_BD, dgates_BK, new = self._backend.backward(
             self.dy_BD, self.x_BD, self.ids_BK, self.gates_BK, self._weights, saved,
-            sums=self._sums, fresh=self._sums is None,
+            sums=self._sums if adding else None, fresh=self._sums is None and adding, early=early,
         )  # fmt: skip
         return [dx_BD, dgates_BK, *(new or ())]
 
@@ -239,6 +240,50 @@ def _capture(fn: Callable[[], list[Tensor]], device: torch.device) -> tuple[Call
     return graph.replay, outputs
 
 
+class _Backward(Protocol):
+    """Calls `early` when all of the first two outputs was begun. Not `adding`: these alone."""
+
+    def __call__(self, early: Callable[[], None] | None, *, adding: bool) -> list[Tensor]: ...
+
+
+def _capture_in_two(fn: _Backward, device: torch.device) -> tuple[Callable[[], None], Callable[[], None], list[Tensor]]:
+    """As `_capture`, in two graphs: one makes the first two outputs, the other one what comes after `early`."""
+    if device.type != "cuda":
+        outputs = fn(None, adding=True)
+
+        def first() -> None:
+            for output, value in zip(outputs[:2], fn(None, adding=False), strict=True):
+                output.copy_(value)
+
+        def rest() -> None:
+            for output, value in zip(outputs[2:], fn(None, adding=True)[2:], strict=True):
+                output.copy_(value)
+
+        return first, rest, outputs
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    graphs = [torch.cuda.CUDAGraph()]
+
+    def early() -> None:
+        graphs[-1].capture_end()
+        graphs.append(torch.cuda.CUDAGraph())
+        # What the first one left is in its memory.
+        graphs[-1].capture_begin(pool=graphs[0].pool(), capture_error_mode="thread_local")
+
+    with torch.cuda.stream(side):
+        fn(lambda: None, adding=True)  # Triton compiles at the first launch
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        graphs[0].capture_begin(capture_error_mode="thread_local")
+        try:
+            outputs = fn(early, adding=True)
+        finally:
+            graphs[-1].capture_end()
+    torch.cuda.current_stream(device).wait_stream(side)
+    first_graph, rest_graph = graphs
+    return first_graph.replay, rest_graph.replay, outputs
+
+
 def _capture_small(fn: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """As `_capture`, of what takes no memory: without the collections and the wait that `torch.cuda.graph` begins
     with, for a call waits."""
@@ -270,6 +315,7 @@ class GraphedExperts:
         self._weights, self._sums, self._name = weights, sums, backend
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         """The one used last at the end."""
+        self._due: Callable[[], None] | None = None
 
     def takes(self, x_TD: Tensor, expert_ids_TK: Tensor) -> bool:
         """Whether a call of this size and dtype goes through a graph."""
@@ -293,10 +339,17 @@ class GraphedExperts:
         self._buckets[size, n_choices] = bucket
         return bucket
 
+    def settle(self) -> None:
+        """Add what the last backward left to be added. To be called before anybody looks at the sums."""
+        due, self._due = self._due, None
+        if due is not None:
+            due()
+
     def forward(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, *, keep: bool
     ) -> tuple[Tensor, Saved | None]:
         """As `types.Backend.forward`, of a call that `takes`."""
+        self.settle()
         bucket = self._bucket(expert_ids_TK)
         kept = _Kept(bucket) if keep else None
         bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
@@ -309,7 +362,12 @@ class GraphedExperts:
     def backward(
         self, dy_TD: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, saved: Saved | None
     ) -> tuple[Tensor, Tensor, WeightGrads | None]:
-        """As `types.Backend.backward`; the new gradients are overwritten by the next backward."""
+        """As `types.Backend.backward`; the new gradients are overwritten by the next backward.
+
+        Of rows that came as bytes the weights' gradients are left to `settle`, so that the answer need not wait for
+        them: on its way, and with its caller, it takes as long as they do.
+        """
+        self.settle()
         bucket = self._bucket(expert_ids_TK)
         kept = saved.routing if saved is not None and isinstance(saved.routing, _Kept) else None
         if kept is None or kept.bucket is not bucket:
@@ -320,12 +378,15 @@ class GraphedExperts:
             bucket.restore(kept)
         n_tokens = dy_TD.shape[0]
         bucket.take_in(dy_TD, bucket.dy_BD)
-        # All room is taken while the bytes travel, and before anything is added: then nothing may fail.
+        # All room is taken while the bytes travel, and before anything is to be added: then nothing may fail.
         answer, dgates_TK = bucket.answer(dy_TD, bucket.dx_BD), torch.empty_like(bucket.dgates_BK[:n_tokens])
         rows_TD = torch.empty_like(answer.rows_TD) if is_promise(dy_TD) else None
-        bucket.backward_graph()
+        bucket.rows_graph()
+        self._due = bucket.weights_graph
         dx_TD = answer.fill()
         dgates_TK.copy_(_filled(bucket.dgates_BK, n_tokens), non_blocking=True)
-        if rows_TD is not None:  # the promise has landed, before the next call's rows take their place
+        if rows_TD is None:
+            self.settle()
+        else:  # the promise has landed, before the next call's rows take their place
             payload_of(dy_TD).rows = rows_TD.copy_(_filled(bucket.dy_BD, n_tokens), non_blocking=True)
         return dx_TD, dgates_TK.to(gates_TK.dtype), bucket.new

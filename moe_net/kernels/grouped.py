@@ -11,6 +11,7 @@ computed, hold anything, and are skipped where pairs meet their tokens.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -66,6 +67,7 @@ def backward(
     *,
     sums: WeightGrads | None,
     fresh: bool = False,
+    early: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, WeightGrads | None]:
     """As `types.Backend.backward`; where the gate enters is explained in `loop.backward`."""
     if expert_ids_TK.numel() == 0:
@@ -85,6 +87,15 @@ def backward(
     if saved is not None:
         saved.release()
     del h_PH
+
+    def rows_back() -> Tensor:
+        dx_PD = F.grouped_mm(dh_PH, weights.w_in_EDH.transpose(1, 2), offs=end_E)
+        return rows.combine(dx_PD, routing, (n_tokens, n_choices), None)[0]
+
+    dx_TD = None
+    if early is not None:
+        dx_TD = rows_back()
+        early()
     new = None
     if sums is not None or fresh:
         dw_out_EFD = F.grouped_mm(a_PF.t(), dy_PD, offs=end_E)
@@ -95,6 +106,4 @@ def backward(
             sums.w_out_EFD.add_(dw_out_EFD)
             sums.w_in_EDH.add_(dw_in_EDH)
         new = WeightGrads(dw_in_EDH, dw_out_EFD) if fresh else None
-    dx_PD = F.grouped_mm(dh_PH, weights.w_in_EDH.transpose(1, 2), offs=end_E)
-    dx_TD, _ = rows.combine(dx_PD, routing, (n_tokens, n_choices), None)
-    return dx_TD, dgates_TK.to(gates_TK.dtype), new
+    return rows_back() if dx_TD is None else dx_TD, dgates_TK.to(gates_TK.dtype), new

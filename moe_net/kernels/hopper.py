@@ -12,6 +12,8 @@ needs D contiguous in w_in, i.e. a transposed view of [E, H, D].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -117,6 +119,7 @@ def backward(
     *,
     sums: WeightGrads | None,
     fresh: bool = False,
+    early: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, WeightGrads | None]:
     """As `types.Backend.backward`."""
     from quack.gemm_interface import gemm_dgated
@@ -138,6 +141,18 @@ def backward(
     if saved is not None:
         saved.release()
     del h_PH
+
+    def rows_back() -> tuple[Tensor, Tensor]:
+        dx_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
+        _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, wide, cu_seqlens_m=bound_B, concat_layout=("B",))
+        dx_TD, dgates_TK = rows.combine(dx_PD, routing, (n_tokens, n_choices), None, dgate_P.unsqueeze(1))
+        assert dgates_TK is not None
+        return dx_TD, dgates_TK.to(gates_TK.dtype)
+
+    back = None
+    if early is not None:
+        back = rows_back()
+        early()
     new = WeightGrads(torch.empty_like(w_in_EDH), torch.empty_like(w_out_EFD)) if fresh else None
     for grads in (new, sums):
         if grads is not None:
@@ -146,8 +161,4 @@ def backward(
             _gemm("weights out", dy_TD.t(), a_PF, grads.w_out_EFD.transpose(1, 2), wide, **options)
             _gemm("weights in", x_TD.t(), dh_PH, grads.w_in_EDH, wide, concat_layout=("out",), **options)
     del a_PF
-    dx_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
-    _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, wide, cu_seqlens_m=bound_B, concat_layout=("B",))
-    dx_TD, dgates_TK = rows.combine(dx_PD, routing, (n_tokens, n_choices), None, dgate_P.unsqueeze(1))
-    assert dgates_TK is not None
-    return dx_TD, dgates_TK.to(gates_TK.dtype), new
+    return *(back or rows_back()), new

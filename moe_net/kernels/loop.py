@@ -14,6 +14,7 @@ Where the time goes beside the products, and what is done about it:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,12 +127,14 @@ def backward(
     *,
     sums: WeightGrads | None,
     fresh: bool = False,
+    early: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, WeightGrads | None]:
-    """As `types.Backend.backward`.
+    """As `types.Backend.backward`, but for `early`: expert after expert, nothing of it is.
 
     With y_p = a_p W_out, and dA_p = dy_t W_out^T *without* the gate: dgate_p = <dA_p, a_p>, so y_p is not needed; the
     gate then enters dW_out through dy, dW_in through x and dx in the gather-sum, all of them [P, D].
     """
+    assert early is None
     n_experts, d_model, d_hidden = weights.w_in_EDH.shape
     d_ff = weights.w_out_EFD.shape[1]
     routing: Routing = sort_pairs(expert_ids_TK, n_experts) if saved is None else saved.routing

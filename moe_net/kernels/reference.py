@@ -7,6 +7,8 @@ T tokens, K experts per token, E experts, D model width, F expert width, H colum
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,8 +57,10 @@ def backward(
     *,
     sums: WeightGrads | None,
     fresh: bool = False,
+    early: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, WeightGrads | None]:
-    """As `types.Backend.backward`, by autograd."""
+    """As `types.Backend.backward`, by autograd and so all at once: nothing of it is `early`."""
+    assert early is None
     with torch.enable_grad():
         x, gates, w_in, w_out = (
             value.detach().requires_grad_() for value in (x_TD, gates_TK, weights.w_in_EDH, weights.w_out_EFD)

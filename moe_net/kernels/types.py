@@ -7,6 +7,7 @@ P (token, expert) pairs, sorted by expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -113,10 +114,13 @@ class Backend(Protocol):
         *,
         sums: WeightGrads | None,
         fresh: bool = False,
+        early: Callable[[], None] | None = None,
     ) -> tuple[Tensor, Tensor, WeightGrads | None]:
         """(dx [T, D], dgates [T, K], the weights' gradients in their dtype if `fresh`); adds the latter to `sums`.
 
         The server adds to its fp32 sums; autograd wants new tensors, and zeros to add to would be three passes more.
+        `early` is called when all that makes dx and dgates was begun, and nothing of the weights' gradients; without it
+        these may come first, which takes less memory.
         """
         ...
 

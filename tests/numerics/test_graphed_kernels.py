@@ -92,8 +92,34 @@ def test_interleaved_calls_equal_single_ones(steps: list[tuple[str, int, Encodin
             assert encoding is None or payload_of(dy).rows is not None
             same(landed(dy), dy_TD)
             check_sent(dx, encoding)
+    experts.settle()
     for got, right in zip(sums, expected, strict=True):
         same(got, right)
+
+
+@pytest.mark.parametrize("next_step", ["settle", "forward", "backward"])
+def test_the_answer_to_bytes_does_not_wait_for_gradients_that_are_added_once_before_anything_else(
+    next_step: str,
+) -> None:
+    case = call(1, 9)
+    sums, expected = zero_sums(case.weights), zero_sums(case.weights)
+    experts = GraphedExperts(case.weights, sums, backend="triton")
+    args = (case.x_TD, case.ids_TK, case.gates_TK)
+    _, saved = experts.forward(*args, keep=True)
+    dy, dy_TD = coming(case.dy_TD, Encoding.INT8)
+    dx, _, _ = experts.backward(dy, *args, saved)
+    right, _ = moe_ffn_backward(dy_TD, *args, case.weights, None, weight_grads=expected, backend="loop")
+    torch.testing.assert_close(dx, right, rtol=3e-5, atol=3e-5)
+    assert not any(bool(grad.any()) for grad in sums)
+    other = call(2, 9)
+    if next_step == "forward":  # of another call, over the same buffers
+        experts.forward(other.x_TD, other.ids_TK, other.gates_TK, keep=True)
+    elif next_step == "backward":
+        experts.backward(torch.zeros_like(other.dy_TD), other.x_TD, other.ids_TK, other.gates_TK, None)
+    for _ in range(2):
+        experts.settle()
+        for got, value in zip(sums, expected, strict=True):
+            torch.testing.assert_close(got, value, rtol=3e-5, atol=3e-5)
 
 
 def test_a_call_goes_to_the_smallest_bucket_that_holds_it_and_larger_ones_to_none() -> None:
@@ -143,6 +169,7 @@ def test_nothing_is_added_when_there_is_no_room_for_the_answer(monkeypatch: pyte
         patch.setattr(graphed._Wire, "message", full)
         with pytest.raises(RuntimeError, match="no pinned memory"):
             experts.backward(dy, *args, saved)
+    experts.settle()
     assert not any(bool(grad.any()) for grad in sums)
 
 

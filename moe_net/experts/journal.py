@@ -74,7 +74,7 @@ class Journal(Generic[InputsT, GradT]):
     def add(
         self, call_id: bytes, facts: CallFacts, inputs: InputsT, grad: GradT, n_bytes: int, *, dispatch: int
     ) -> None:
-        """Write down a call whose gradient is added now."""
+        """Write down a call whose gradient was added, or is before anybody looks at the sums."""
         entry = Entry(
             facts=facts, inputs=inputs, grad=grad, n_bytes=n_bytes + ENTRY_OVERHEAD_BYTES, dispatch=dispatch,
             n_steps=self._n_steps[facts.layer],

@@ -88,6 +88,7 @@ class _Bucket:
         self._backend = choose(self.x_BD, self.ids_BK, weights, backend)
         self.forward_graph, forward = _capture(self._forward, device)
         self.y_BD, self.h_PH, self._kept = forward[0], forward[1], forward[1:]
+        self.forward_graph()  # capturing it wrote nothing, and the backward reads where each expert's pairs end
         # Padding alone adds nothing to the sums, also while a graph is made.
         self.rows_graph, self.weights_graph, backward = _capture_in_two(self._backward, device)
         self.dx_BD, self.dgates_BK = backward[:2]
@@ -278,7 +279,8 @@ def _capture_in_two(fn: _Backward, device: torch.device) -> tuple[Callable[[], N
         try:
             outputs = fn(early, adding=True)
         finally:
-            graphs[-1].capture_end()
+            if torch.cuda.is_current_stream_capturing():
+                graphs[-1].capture_end()
     torch.cuda.current_stream(device).wait_stream(side)
     first_graph, rest_graph = graphs
     return first_graph.replay, rest_graph.replay, outputs
@@ -341,9 +343,9 @@ class GraphedExperts:
 
     def settle(self) -> None:
         """Add what the last backward left to be added. To be called before anybody looks at the sums."""
-        due, self._due = self._due, None
-        if due is not None:
-            due()
+        if self._due is not None:
+            self._due()
+            self._due = None  # not before: what failed is still to be done
 
     def forward(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, *, keep: bool
@@ -382,11 +384,11 @@ class GraphedExperts:
         answer, dgates_TK = bucket.answer(dy_TD, bucket.dx_BD), torch.empty_like(bucket.dgates_BK[:n_tokens])
         rows_TD = torch.empty_like(answer.rows_TD) if is_promise(dy_TD) else None
         bucket.rows_graph()
-        self._due = bucket.weights_graph
         dx_TD = answer.fill()
         dgates_TK.copy_(_filled(bucket.dgates_BK, n_tokens), non_blocking=True)
+        if rows_TD is not None:  # the promise has landed, before the next call's rows take their place
+            payload_of(dy_TD).rows = rows_TD.copy_(_filled(bucket.dy_BD, n_tokens), non_blocking=True)
+        self._due = bucket.weights_graph  # last: of a call that has failed nothing is added
         if rows_TD is None:
             self.settle()
-        else:  # the promise has landed, before the next call's rows take their place
-            payload_of(dy_TD).rows = rows_TD.copy_(_filled(bucket.dy_BD, n_tokens), non_blocking=True)
         return dx_TD, dgates_TK.to(gates_TK.dtype), bucket.new

@@ -8,8 +8,9 @@ with one expert.
 Where the time goes beside the products, and what is done about it:
 - gates are never multiplied into [P, F] tensors, only into [P, D] ones, or inside the weighted gather-sum;
 - the sum over a token's experts is one fused gather-sum (`embedding_bag`), in a fixed order: same bits every time;
-- large products go to oneDNN where that is faster (`onednn`);
-- scratch of the largest expert's size serves all experts, and smaller products go straight into the sums (`addmm_`).
+- large products go to oneDNN where that is faster (`onednn`), into new tensors;
+- else scratch of the largest expert's size serves all experts, and weight gradients go straight into the sums
+  (`addmm_`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_net.kernels.onednn import add_product_, has_fast, padded, product
+from moe_net.kernels.onednn import add_product_, has_fast, padded, product, product_into
 from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads, zero_sums
 from moe_net.types import Activation
 
@@ -92,29 +93,38 @@ def forward(
     x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, *, keep: bool
 ) -> tuple[Tensor, Saved | None]:
     """As `types.Backend.forward`."""
-    d_model, d_ff = x_TD.shape[1], weights.w_out_EFD.shape[1]
-    routing = sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0])
+    n_experts, d_model, d_hidden = weights.w_in_EDH.shape
+    d_ff = weights.w_out_EFD.shape[1]
+    routing = sort_pairs(expert_ids_TK, n_experts)
     largest = routing.largest
+    fast = [has_fast(x_TD, end - first, d_model, d_ff) for _, first, end in routing.blocks]
     y_QD = x_TD.new_empty(routing.pair_P.numel() + 1, d_model)
     rows_nD, a_nF = x_TD.new_empty(largest, d_model), x_TD.new_empty(largest, d_ff)
+    # Small ones side by side: in pieces they would lie among what is freed, and count for less than they take.
+    n_small = sum(end - first for (_, first, end), is_fast in zip(routing.blocks, fast, strict=True) if not is_fast)
+    small_PH = x_TD.new_empty(n_small if keep else min(n_small, largest), d_hidden)
+    large: list[Tensor] = []
     gated = weights.activation is Activation.SWIGLU
-    blocks: list[Tensor] = []
-    for expert, first, end in routing.blocks:
-        w_in_DH, w_out_FD = weights.w_in_EDH[expert], weights.w_out_EFD[expert]
-        fast = has_fast(x_TD, end - first, d_model, d_ff)
-        n = padded(end - first) if fast else end - first
+    place = 0
+    for (expert, first, end), is_fast in zip(routing.blocks, fast, strict=True):
+        n = padded(end - first) if is_fast else end - first
         x, a = _gather(x_TD, routing.row_P[first:end], rows_nD[:n]), a_nF[:n]
-        h = product(x, w_in_DH, fast=fast)
+        if is_fast:
+            h = product(x, weights.w_in_EDH[expert])
+            large.append(h)
+        else:
+            h = torch.mm(x, weights.w_in_EDH[expert], out=small_PH[place : place + n])
+            place += n if keep else 0
         if gated:
             _aten.silu.out(h[:, :d_ff], out=a)
             a.mul_(h[:, d_ff:])
         else:
             _aten.gelu.out(h, out=a)
-        y_QD[first:end] = product(a, w_out_FD, fast=fast)[: end - first]
-        if keep:
-            blocks.append(h)
+        product_into(y_QD[first:end], a, weights.w_out_EFD[expert], fast=is_fast)
+        if not keep:
+            large.clear()
     y_TD = _combine(y_QD, routing, gates_TK)
-    return y_TD, Saved(NAME, routing, tuple(blocks)) if keep else None
+    return y_TD, Saved(NAME, routing, (small_PH, *large)) if keep else None
 
 
 def backward(
@@ -146,21 +156,30 @@ def backward(
     gate_P1 = gates_TK.reshape(-1).index_select(0, routing.pair_P).to(x_TD.dtype).unsqueeze(1)
     new = zero_sums(weights) if fresh else None
     rows_nD = x_TD.new_empty(largest, d_model)
-    a_nF, t_nF = x_TD.new_empty(2, largest, d_ff).unbind(0)
+    a_nF, da_nF, t_nF = x_TD.new_empty(3, largest, d_ff).unbind(0)
     dh_nH = x_TD.new_empty(largest, d_hidden)
-    for number, (expert, first, end) in enumerate(routing.blocks):
+    h_nH = x_TD.new_empty(largest if saved is None else 0, d_hidden)
+    small_PH, *large = (h_nH,) if saved is None else saved.blocks
+    place = 0
+    for expert, first, end in routing.blocks:
         w_in_HD, w_out_DF = weights.w_in_EDH[expert].t(), weights.w_out_EFD[expert].t()
         fast = has_fast(x_TD, end - first, d_model, d_ff)
         here, n = end - first, padded(end - first) if fast else end - first
         row, gate = routing.row_P[first:end], gate_P1[first:end]
-        rows, a, dh, t = rows_nD[:n], a_nF[:n], dh_nH[:n], t_nF[:n]
+        rows, a, da, dh, t = rows_nD[:n], a_nF[:n], da_nF[:n], dh_nH[:n], t_nF[:n]
         if saved is None:
             x = _gather(x_TD, row, rows)
-            h = product(x, w_in_HD.t(), fast=fast)
+            h = product(x, w_in_HD.t()) if fast else torch.mm(x, w_in_HD.t(), out=h_nH[:n])
+        elif fast:
+            h = large.pop(0)
         else:
-            h = saved.blocks[number]
+            h = small_PH[place : place + n]
+            place += n
         dy = _gather(dy_TD, row, rows)
-        da = product(dy, w_out_DF, fast=fast)
+        if fast:
+            da = product(dy, w_out_DF)
+        else:
+            torch.mm(dy, w_out_DF, out=da)
         if gated:
             gate_n, up = h[:, :d_ff], h[:, d_ff:]
             _aten.silu.out(gate_n, out=t)
@@ -175,7 +194,7 @@ def backward(
             torch.mul(da, a, out=t)
             torch.sum(t[:here], 1, dtype=dgate_P.dtype, out=dgate_P[first:end])
             _aten.gelu_backward.grad_input(da, h, grad_input=dh)
-        dx_QD[first:end] = product(dh, w_in_HD, fast=fast)[:here]
+        product_into(dx_QD[first:end], dh, w_in_HD, fast=fast)
         if sums is not None or new is not None:
             dy[:here].mul_(gate)
             for grads in (sums, new):

@@ -21,11 +21,13 @@ def dispatch_bytes(
     item_bytes: int,
     backend: str,
     fresh: bool,
+    early: bool = False,
 ) -> int:
     """Most memory that forward and backward of `n_tokens` hold at once, beside x, dy, ids, gates and weights.
 
     `item_bytes` of a row's values; `fresh`: the weights' gradients are new tensors and not added to the caller's sums
-    (`types.Backend.backward`). ValueError for a backend other than "grouped", "triton" and "quack".
+    (`types.Backend.backward`); `early`: rows come back before them, while all that they are made of is there.
+    ValueError for a backend other than "grouped", "triton" and "quack".
     """
     n_pairs = n_tokens * n_choices
     d_hidden = shape.d_hidden
@@ -45,6 +47,7 @@ def dispatch_bytes(
             row_PD + a_PF + h_PH + gates + dw_out,
             h_PH + gates + dw_out + row_PD + dw_in,
             h_PH + gates + (dw_out + dw_in) * fresh + row_PD + y_TD,
+            early * (2 * row_PD + a_PF + h_PH + gates + y_TD),
         ]
     elif backend in ("triton", "quack"):
         new = (dw_in + dw_out) * fresh
@@ -54,6 +57,7 @@ def dispatch_bytes(
             h_PH + h_PH + a_PF + partial,
             h_PH + a_PF + partial + new,
             h_PH + partial + new + row_PD + y_TD + gates,
+            early * (h_PH + a_PF + partial + row_PD + y_TD + gates),
         ]
     else:
         raise ValueError(f"nothing is known about the memory of backend {backend!r}")

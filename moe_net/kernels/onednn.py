@@ -12,10 +12,14 @@ expert was 1.2 GiB larger after 6000 calls: what lives long lies between what is
 
 from __future__ import annotations
 
+import platform
+from functools import cache
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-__all__ = ["add_product_", "has_fast", "padded", "product"]
+__all__ = ["add_product_", "has_fast", "padded", "product", "product_into"]
 
 # Multiplications from which it pays: a call of oneDNN's takes 15 us, one of MKL's 1.
 _MANY = 2**21
@@ -23,26 +27,34 @@ _FEWEST_ROWS = 4
 _STEPS_PER_OCTAVE = 8
 
 
-def _onednn_is_faster() -> bool:
-    """Not without AVX-512: then both do the same. What torch calls the operator is no promise of torch's."""
+@cache
+def _is_faster() -> bool:
+    """Not without AVX-512, where both do the same, nor on Intel's processors, where MKL has that as well. (What torch
+    calls the operator is no promise of torch's.)"""
     return (
         torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and "Intel" not in _processor()
     )
 
 
-_ONEDNN = _onednn_is_faster()
+def _processor() -> str:
+    """Its maker's name is in it."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:4096]
+    except OSError:  # not Linux
+        return platform.processor()
 
 
 def has_fast(like: Tensor, rows: int, d_in: int, d_out: int) -> bool:
     """Whether products of [rows, d_in] and [d_in, d_out], in values like those given, are for `product`."""
     return (
-        _ONEDNN
-        and like.dtype is torch.float32
+        like.dtype is torch.float32
         and like.device.type == "cpu"
         and rows >= _FEWEST_ROWS
         and rows * d_in * d_out >= _MANY
+        and _is_faster()
     )
 
 
@@ -52,16 +64,24 @@ def padded(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def product(a_MK: Tensor, b_KN: Tensor, *, fast: bool) -> Tensor:
-    """`a @ b`, a new tensor, in the dtype of `a` whatever autocast says; `fast` is what `has_fast` said."""
+def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """`a @ b` in fp32 whatever autocast says, for what `has_fast` says yes to."""
+    return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
+
+
+def product_into(out_nN: Tensor, a_MK: Tensor, b_KN: Tensor, *, fast: bool) -> None:
+    """The first rows of `a @ b`, as many as `out` has."""
     if fast:
-        return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
-    return torch.mm(a_MK, b_KN, out=a_MK.new_empty(a_MK.shape[0], b_KN.shape[1]))
+        out_nN.copy_(product(a_MK, b_KN)[: out_nN.shape[0]])
+    else:
+        torch.mm(a_MK, b_KN, out=out_nN)
 
 
 def add_product_(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, fast: bool) -> None:
     """`sum += a @ b`; the sum may be of a wider dtype."""
-    if not fast and a_MK.dtype is sum_MN.dtype:
+    if fast:
+        sum_MN.add_(product(a_MK, b_KN))
+    elif a_MK.dtype is sum_MN.dtype:
         sum_MN.addmm_(a_MK, b_KN)
     else:
-        sum_MN.add_(product(a_MK, b_KN, fast=fast))
+        sum_MN.add_(torch.mm(a_MK, b_KN))

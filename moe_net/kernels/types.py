@@ -120,7 +120,7 @@ class Backend(Protocol):
 
         The server adds to its fp32 sums; autograd wants new tensors, and zeros to add to would be three passes more.
         `early` is called when all that makes dx and dgates was begun, and nothing of the weights' gradients; without it
-        these may come first, which takes less memory.
+        these may come first, which takes less memory. Only for backends that CUDA graphs are made of.
         """
         ...
 

@@ -11,6 +11,7 @@ import tyro
 
 from moe_net.config import load_toml
 from moe_net.errors import MoeNetError
+from moe_net.garbage import tune_collector
 from moe_net.rpc.poller import choose_poller
 from moe_peer.config import ServeConfig, TrainConfig
 
@@ -27,10 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(config, ServeConfig):
             from moe_peer.serve import run_serve
 
+            tune_collector()
             code = run_serve(config)
         else:
             from moe_peer.train import run_train
 
+            tune_collector()
             code = run_train(config)
     except (ValueError, OSError, MoeNetError) as error:
         print(f"moe-peer: {error}", file=sys.stderr)

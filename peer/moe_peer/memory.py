@@ -43,7 +43,7 @@ def room_for_experts(device: str, run: RunConfig, *, max_batch_rows: int, kept_b
     free, _ = torch.cuda.mem_get_info(device)
     largest = dispatch_bytes(
         max_batch_rows, model.router.experts_per_token, model.n_experts, shape,
-        item_bytes=2, backend="grouped", fresh=False,
+        item_bytes=2, backend="grouped", fresh=False, early=True,
     )  # fmt: skip
     return max(0, free // 2 - largest - kept_bytes) // memory_bytes(1, shape, compute_bytes=2)
 

@@ -26,7 +26,6 @@ from moe_net.discovery.record import Identity, to_ranges
 from moe_net.errors import CheckpointError, JoinError
 from moe_net.experts.bank import memory_bytes
 from moe_net.experts.host import ExpertHost
-from moe_net.garbage import tune_collector
 from moe_net.placement.assign import assign
 from moe_net.placement.view import View
 from moe_net.rpc.grpc_client import GrpcTransport
@@ -50,7 +49,6 @@ def run_serve(config: ServeConfig) -> int:
     """Serve until SIGINT or SIGTERM; exit code. JoinError, CheckpointError, ValueError: why it could not begin."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     tune_allocator()
-    tune_collector()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     uvloop.run(_until_signalled(config))

@@ -24,7 +24,6 @@ from moe_net.data.corpus import Corpus, join, load_corpus
 from moe_net.data.ngram import BigramModel
 from moe_net.data.tokenizer import BpeTokenizer, ByteTokenizer, Ids, Tokenizer, load_tokenizer
 from moe_net.errors import NoLiveExpertsError, TooManyDropsError
-from moe_net.garbage import tune_collector
 from moe_net.model.generate import generate
 from moe_net.rpc.policy import CallPolicy, DropWindow
 from moe_net.rpc.swarm import SwarmStats
@@ -306,7 +305,6 @@ def say(line: str) -> None:
 def run_train(config: TrainConfig) -> int:
     """Train until `config.steps` steps are made, or until asked to stop; exit code."""
     tune_allocator()
-    tune_collector()
     if config.threads:
         torch.set_num_threads(config.threads)
     faults: list[FaultEvent] = []

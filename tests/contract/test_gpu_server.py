@@ -149,6 +149,44 @@ def test_a_gradient_that_came_as_bytes_can_be_taken_out_again(encoding: Encoding
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
 
 
+def test_an_answer_is_on_its_way_before_the_weights_gradients_are_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer, call, begun = BytesAlone(), forward_call(encoding=Encoding.INT8), list[str]()
+    peer.forward(call)
+    arrival, settle = peer._matrices.arrival, peer.host.settle
+    monkeypatch.setattr(peer._matrices, "arrival", lambda: (begun.append("answer"), arrival())[1])
+    monkeypatch.setattr(peer.host, "settle", lambda: (begun.append("weights"), settle())[1])
+    peer.backward(backward_call(call))
+    assert begun == ["answer", "weights"]
+
+
+@pytest.mark.parametrize("look", ["close", "state", "clear"])
+def test_whoever_looks_at_the_sums_finds_them_whole(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = forward_call(encoding=Encoding.INT8)
+    right, peer = BytesAlone(), BytesAlone()
+    monkeypatch.setattr(peer.host, "settle", lambda: None)
+    for one in (right, peer):
+        one.forward(call)
+        one.backward(backward_call(call))
+    bank = peer.host._banks[call.layer]
+    assert not any(bool(grad.any()) for grad in bank._optimizer.grads)
+    expected = list(right.host._banks[call.layer]._optimizer.grads)
+    assert any(bool(grad.any()) for grad in expected)
+    if look == "close":
+        closed = bank.close(bank.global_batch_tokens)
+        assert closed is not None
+        assert all(torch.equal(*pair) for pair in zip(closed.grads, expected, strict=True))
+    elif look == "state":
+        bank.committed_tokens = 1
+        state = bank.state(with_sums=True)
+        for slot, index in enumerate(bank.indices):
+            assert torch.equal(state[f"{bank.layer}.{index}.g_in"], expected[0][slot].cpu())
+            assert torch.equal(state[f"{bank.layer}.{index}.g_out"], expected[1][slot].cpu())
+    else:
+        bank.clear_grads()
+        bank.settle()
+        assert not any(bool(grad.any()) for grad in bank._optimizer.grads)
+
+
 async def test_calls_of_many_sizes_at_once_whole_and_in_pieces_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = [forward_call(encoding=Encoding(1 + i % 4), n_rows=20 + 13 * i % 97, seed=i) for i in range(24)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +14,7 @@ from kernel_checks import check
 from moe_net.kernels import grouped, pointwise
 from moe_net.kernels.device import routing as device_routing
 from moe_net.kernels.device import rows
-from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
+from moe_net.kernels.dispatch import choose, moe_ffn_forward
 from moe_net.kernels.memory import dispatch_bytes
 from moe_net.kernels.types import zero_sums
 from moe_net.types import Activation, ExpertShape
@@ -62,8 +64,9 @@ def test_memory_is_known_for_the_gpu_backends_alone() -> None:
         dispatch_bytes(1, 1, 1, ExpertShape(d_model=8, d_ff=8), item_bytes=2, backend="loop", fresh=True)
 
 
+@pytest.mark.parametrize("early", [None, lambda: None])
 @pytest.mark.parametrize("backend", ["grouped", "triton"] if DEVICE == "cuda" else [])
-def test_a_dispatch_takes_the_memory_that_planning_counts_on(backend: str) -> None:
+def test_a_dispatch_takes_the_memory_that_planning_counts_on(backend: str, early: Callable[[], None] | None) -> None:
     t, k, e, d, f = 3000, 4, 8, 512, 640
     case = make_case(0, t=t, k=k, e=e, d=d, f=f, activation=Activation.SWIGLU).to(torch.bfloat16)
     args = (case.x_TD, case.ids_TK.clamp(min=0), case.gates_TK, case.weights)
@@ -71,7 +74,7 @@ def test_a_dispatch_takes_the_memory_that_planning_counts_on(backend: str) -> No
 
     def step() -> None:
         _, saved = moe_ffn_forward(*args, keep=True, backend=backend)
-        moe_ffn_backward(case.dy_TD, *args, saved, weight_grads=sums, backend=backend)
+        choose(*args[:2], case.weights, backend).backward(case.dy_TD, *args, saved, sums=sums, early=early)
 
     step()
     torch.cuda.synchronize()
@@ -80,5 +83,5 @@ def test_a_dispatch_takes_the_memory_that_planning_counts_on(backend: str) -> No
     step()
     taken = torch.cuda.max_memory_allocated() - before
     shape = ExpertShape(d_model=d, d_ff=f)
-    counted = dispatch_bytes(t, k, e, shape, item_bytes=2, backend=backend, fresh=False)
+    counted = dispatch_bytes(t, k, e, shape, item_bytes=2, backend=backend, fresh=False, early=early is not None)
     assert taken == pytest.approx(counted, rel=0.05)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, TOLERANCE, make_case
 from kernel_checks import check, run_autograd, run_explicit
 
-from moe_net.kernels.dispatch import available, moe_ffn, moe_ffn_backward, moe_ffn_forward
+from moe_net.kernels.dispatch import available, choose, moe_ffn, moe_ffn_backward, moe_ffn_forward
 from moe_net.kernels.types import ExpertWeights, WeightGrads, zero_sums
 from moe_net.types import Activation
 
@@ -114,6 +114,31 @@ def test_pre_activations_are_free_before_the_weights_gradients_are_made(backend:
     assert not saved.used_up
     moe_ffn_backward(case.dy_TD, *args, saved, weight_grads=zero_sums(case.weights), backend=backend)
     assert saved.used_up
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("backend", [backend for backend in FAST if backend != "loop"])
+def test_rows_are_there_before_the_weights_gradients_when_that_is_asked_for(
+    backend: str, activation: Activation, fresh: bool
+) -> None:
+    case = make_case(3, t=50, k=2, e=4, d=16, f=24, activation=activation)
+    args, sums = (case.x_TD, case.ids_TK, case.gates_TK), zero_sums(case.weights)
+    module = choose(case.x_TD, case.ids_TK, case.weights, backend)
+    _, saved = module.forward(*args, case.weights, keep=True)
+    seen: list[list[torch.Tensor]] = []
+    dx, dgates, new = module.backward(
+        case.dy_TD, *args, case.weights, saved, sums=sums, fresh=fresh,
+        early=lambda: seen.append([grad.clone() for grad in sums]),
+    )  # fmt: skip
+    (at_that_time,) = seen
+    assert not any(bool(grad.any()) for grad in at_that_time)
+    right = run_explicit(case, backend)
+    assert torch.equal(dx, right["dx"])
+    assert torch.equal(dgates, right["dgates"])
+    for name, grad, fresh_one in zip(("dw_in", "dw_out"), sums, new or sums, strict=True):
+        assert torch.equal(grad, right[name])
+        torch.testing.assert_close(fresh_one, right[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -39,8 +39,28 @@ CASES = st.fixed_dictionaries(
 @contextmanager
 def always_fast() -> Generator[None]:
     """Of whatever size, and whatever the processor can do."""
-    with patch.multiple(onednn, _ONEDNN=True, _MANY=0, _FEWEST_ROWS=1):
+    with patch.multiple(onednn, _is_faster=lambda: True, _MANY=0, _FEWEST_ROWS=1):
         yield
+
+
+@given(shape=CASES, few=st.integers(1, 12))
+@settings(max_examples=200)
+def test_experts_of_few_rows_beside_those_of_many(shape: dict[str, Any], few: int) -> None:
+    many = few * shape["d"] * shape["f"]
+    with patch.multiple(onednn, _is_faster=lambda: True, _MANY=many, _FEWEST_ROWS=1):
+        case = make_case(**shape)
+        check(case, "loop")
+        kept, fresh = run_explicit(case, "loop"), run_explicit(case, "loop", keep=False)
+    assert all(torch.equal(kept[name], fresh[name]) for name in kept)
+
+
+def test_autocast_changes_nothing() -> None:
+    case = make_case(3, t=90, k=2, e=4, d=16, f=24, activation=Activation.SWIGLU)
+    with always_fast():
+        plain = run_explicit(case, "loop")
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = run_explicit(case, "loop")
+    assert all(torch.equal(plain[name], rounded[name]) for name in plain)
 
 
 @given(shape=CASES)
@@ -62,19 +82,19 @@ def test_without_what_forward_kept_the_bits_are_the_same(activation: Activation)
 def test_experts_large_enough_take_them_by_themselves_and_agree(activation: Activation) -> None:
     case = make_case(3, t=200, k=2, e=3, d=96, f=320, activation=activation)
     with (
-        patch.object(onednn, "_ONEDNN", new=True),
+        patch.object(onednn, "_is_faster", new=lambda: True),
         patch.object(onednn.torch.ops.mkldnn, "_linear_pointwise") as op,
     ):
         op.side_effect = RuntimeError("called")
         with pytest.raises(RuntimeError, match="called"):
             run_explicit(case, "loop")
-    with patch.object(onednn, "_ONEDNN", new=True):
+    with patch.object(onednn, "_is_faster", new=lambda: True):
         check(case, "loop")
 
 
 def test_few_rows_small_experts_and_other_dtypes_stay_with_torch() -> None:
     x = torch.ones(1)
-    with patch.object(onednn, "_ONEDNN", new=True):
+    with patch.object(onednn, "_is_faster", new=lambda: True):
         assert has_fast(x, 64, 128, 1280)
         assert not has_fast(x, 3, 4096, 4096)
         assert not has_fast(x, 64, 64, 64)
@@ -95,7 +115,7 @@ def test_there_are_few_numbers_of_rows() -> None:
 def test_products_of_views_and_sums() -> None:
     a, b = torch.randn(40, 24).t(), torch.randn(56, 40).t()
     expected = (a.double() @ b.double()).float()
-    torch.testing.assert_close(product(a, b, fast=True), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product(a, b), expected, rtol=1e-5, atol=1e-5)
     total = torch.ones(24, 56)
     add_product_(total, a, b, fast=True)
     torch.testing.assert_close(total, 1 + expected, rtol=1e-5, atol=1e-5)

@@ -11,8 +11,10 @@ bucket comes first they are copied out.
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -218,6 +220,18 @@ class _Wire:
         return graph
 
 
+@contextmanager
+def _no_collection() -> Generator[None]:
+    """A graph that is found to be garbage ends, and during a capture that ends the capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def _capture(fn: Callable[[], list[Tensor]], device: torch.device) -> tuple[Callable[[], None], list[Tensor]]:
     """(what runs `fn` again into the same outputs, these). Without CUDA: `fn`, and a copy of what it returns."""
     if device.type != "cuda":
@@ -236,7 +250,7 @@ def _capture(fn: Callable[[], list[Tensor]], device: torch.device) -> tuple[Call
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # Only this thread's calls are captured: a server's codec copies on a stream of its own meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with _no_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = fn()
     return graph.replay, outputs
 
@@ -271,7 +285,7 @@ def _capture_in_two(fn: _Backward, device: torch.device) -> tuple[Callable[[], N
         # What the first one left is in its memory.
         graphs[-1].capture_begin(pool=graphs[0].pool(), capture_error_mode="thread_local")
 
-    with torch.cuda.stream(side):
+    with _no_collection(), torch.cuda.stream(side):
         fn(lambda: None, adding=True)  # Triton compiles at the first launch
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -293,7 +307,7 @@ def _capture_small(fn: Callable[[], None], device: torch.device) -> Callable[[],
         return fn
     here, side, graph = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     side.wait_stream(here)
-    with torch.cuda.stream(side):
+    with _no_collection(), torch.cuda.stream(side):
         try:
             fn()
             graph.capture_begin(capture_error_mode="thread_local")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, TOLERANCE, make_case
+from kernel_cases import DEVICE, TOLERANCE, make_case, shapes
 from kernel_checks import check, run_autograd, run_explicit
 
 from moe_net.kernels.dispatch import available, choose, moe_ffn, moe_ffn_backward, moe_ffn_forward
@@ -31,18 +31,7 @@ def fitting(shape: dict[str, Any], backend: str) -> dict[str, Any]:
     return shape | {"d": -(-shape["d"] // 8) * 8, "f": -(-shape["f"] // 8) * 8}
 
 
-CASES = st.fixed_dictionaries(
-    {
-        "seed": st.integers(0, 10_000),
-        "t": st.integers(0, 24),
-        "k": st.sampled_from([1, 2, 3, 8]),
-        "e": st.integers(1, 6),
-        "d": st.sampled_from([1, 8, 13]),
-        "f": st.sampled_from([1, 8, 21]),
-        "activation": st.sampled_from(list(Activation)),
-        "routing": st.sampled_from(["random", "one hot", "empty experts", "padding"]),
-    }
-)
+CASES = shapes(max_tokens=24)
 
 
 @pytest.mark.parametrize("backend", QUICK)

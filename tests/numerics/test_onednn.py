@@ -11,29 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import make_case
+from kernel_cases import DEVICE, make_case, shapes
 from kernel_checks import check, run_explicit
 
 from moe_net.kernels import onednn
 from moe_net.kernels.onednn import add_product_, has_fast, padded, product
 from moe_net.types import Activation
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch is without oneDNN"
-)
+# Where there is oneDNN its operator must be, too: torch promises no name for it, and without it experts are slow again.
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="the cases lie on a GPU, where nothing goes to oneDNN"),
+]
 
-CASES = st.fixed_dictionaries(
-    {
-        "seed": st.integers(0, 10_000),
-        "t": st.integers(0, 60),
-        "k": st.sampled_from([1, 2, 3, 8]),
-        "e": st.integers(1, 6),
-        "d": st.sampled_from([1, 8, 13]),
-        "f": st.sampled_from([1, 8, 21]),
-        "activation": st.sampled_from(list(Activation)),
-        "routing": st.sampled_from(["random", "one hot", "empty experts", "padding"]),
-    }
-)
+CASES = shapes(max_tokens=60)
 
 
 @contextmanager

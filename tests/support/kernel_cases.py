@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_net.kernels.types import ExpertWeights
@@ -63,3 +65,19 @@ def make_case(
         weights=ExpertWeights(w_in, normal(e, f, d) / f**0.5, activation),
     )
     return case.to(torch.float32)
+
+
+def shapes(*, max_tokens: int) -> st.SearchStrategy[dict[str, Any]]:
+    """Arguments of `make_case`: sizes that are no multiple of anything, and every kind of routing."""
+    return st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 10_000),
+            "t": st.integers(0, max_tokens),
+            "k": st.sampled_from([1, 2, 3, 8]),
+            "e": st.integers(1, 6),
+            "d": st.sampled_from([1, 8, 13]),
+            "f": st.sampled_from([1, 8, 21]),
+            "activation": st.sampled_from(list(Activation)),
+            "routing": st.sampled_from(["random", "one hot", "empty experts", "padding"]),
+        }
+    )

@@ -73,8 +73,10 @@ class WorkOfAGpu(Work):
         self.made: list[Made] = []
 
     def forward_many(self, calls: Sequence[ForwardCall]) -> Any:
-        self.made.append(Made(super().forward_many(calls)))
-        return self.made[-1]
+        made = Made(())
+        self.made.append(made)  # first: who hears that it has begun looks for it here
+        made.answers = super().forward_many(calls)
+        return made
 
 
 class Clock:
@@ -483,6 +485,7 @@ async def test_batches_that_end_early_leave_no_wait_behind(monkeypatch: pytest.M
             await asyncio.sleep(0)
             work.made[number].done.set()
             await tasks[number]
+        await begun(work)
         await begun(work)
         assert len(batcher._running) == 2
         assert batcher.expected_wait_s == pytest.approx(2.0, abs=0.01)

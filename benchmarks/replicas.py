@@ -143,9 +143,10 @@ def report(runs: Mapping[str, tuple[Curve, list[StepMetrics], Path]], met: Mappi
     base = runs[ONE][0]
     worst = {name: max(runs[name][0][s] / base[s] - 1 for s in steps if s >= KILL_AT // 2) for name in (TWO, REPLACED)}
     jump = step_in(runs[REPLACED][0], runs[TWO][0])
-    apart = f"{worst[TWO]:+.2%} at the worst evaluation"
     bars = {
-        f"two replicas within {CURVE_BAR:.0%} of one ({apart})": worst[TWO] <= CURVE_BAR,
+        f"{name} within {CURVE_BAR:.0%} of one peer ({worst[name]:+.2%} at the worst)": worst[name] <= CURVE_BAR
+        for name in (TWO, REPLACED)
+    } | {
         f"a replacement shows no step ({jump:+.2%} at the worst)": jump <= STEP_BAR,
         "the newcomer caught up": any(e["event"] == "caught_up" for e in met[REPLACED]),
     }

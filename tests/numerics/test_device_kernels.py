@@ -25,18 +25,20 @@ from moe_net.types import Activation, ExpertShape
     k=st.sampled_from([1, 2, 3]),
     e=st.integers(1, 9),
     at_once=st.sampled_from([16, 8192]),
-    few_blocks=st.sampled_from([1, 4, 128]),
+    step=st.sampled_from([1, 4, 1024]),
+    experts=st.sampled_from([2, 128]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_sorting_by_counting_equals_torchs_stable_sort(
-    t: int, k: int, e: int, at_once: int, few_blocks: int, seed: int
+    t: int, k: int, e: int, at_once: int, step: int, experts: int, seed: int
 ) -> None:
     ids_TK = torch.randint(-2, e + 1, (t, k), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_routing, "_AT_ONCE", at_once)  # smaller: several programs share the sort
-        patch.setattr(device_routing, "_ONE_HOT", 16 if few_blocks < 128 else 32768)  # small ones, and so many
-        patch.setattr(device_routing, "_FEW_BLOCKS", few_blocks)  # fewer than there are: summed up in several steps
+        patch.setattr(device_routing, "_BLOCK", 16)
+        patch.setattr(device_routing, "_STEP", step)  # fewer than there are: summed up in several steps
+        patch.setattr(device_routing, "_EXPERTS", experts)
         found = device_routing.sort_pairs(ids_TK, e)
     right = pointwise.sort_pairs(ids_TK, e)
     n_pairs = int(right.end_E[-1])

@@ -15,13 +15,15 @@ from torch import Tensor
 from moe_net.kernels.device.sizes import ceil_div, power_of_2
 from moe_net.kernels.routing import Routing
 
-# Elements of the one-hot matrix of a program, [pairs, experts]: 64 registers a thread at 16 warps.
-_ONE_HOT = 32768
-# And so many at most in a program that does all of it: a program's time grows with them, 5 us for these and 39 for the
-# above, while three launches of many small programs take 8.
+# Elements of the one-hot matrix [pairs, experts] of a program that does all of it: its time grows with them, 5 us for
+# these, while three launches of many programs take 8.
 _AT_ONCE = 8192
-# Programs of which the second launch sums up the counts in one step (of up to 128 experts).
-_FEW_BLOCKS = 128
+# Pairs of one program of many: it compares each with each.
+_BLOCK = 128
+# Experts that a program looks at in one step.
+_EXPERTS = 128
+# Blocks whose counts are summed up in one step.
+_STEP = 1024
 
 
 @triton.jit
@@ -32,10 +34,7 @@ def _one_hot(ids_ptr, pair_B, n_pairs, n_experts, expert_E):
 
 
 @triton.jit
-def _place(hit_BE, first_E, pair_B, n_pairs, n_choices, pair_ptr, row_ptr, place_ptr):
-    rank_BE = tl.cumsum(hit_BE, 0) - hit_BE
-    place_B = tl.sum(hit_BE * (first_E[None, :] + rank_BE), 1)
-    known_B = tl.sum(hit_BE, 1) > 0
+def _store_places(place_B, known_B, pair_B, n_pairs, n_choices, pair_ptr, row_ptr, place_ptr):
     tl.store(pair_ptr + place_B, pair_B, mask=known_B)
     tl.store(row_ptr + place_B, pair_B // n_choices, mask=known_B)
     tl.store(place_ptr + pair_B, tl.where(known_B, place_B, -1), mask=pair_B < n_pairs)
@@ -60,49 +59,59 @@ def _sort_at_once(
     count_E = tl.sum(hit_BE, 0)
     end_E = tl.cumsum(count_E, 0)
     _store_ends(end_E, expert_E, n_experts, end_ptr, bound_ptr)
-    _place(hit_BE, end_E - count_E, pair_B, n_pairs, n_choices, pair_ptr, row_ptr, place_ptr)
+    rank_BE = tl.cumsum(hit_BE, 0) - hit_BE
+    place_B = tl.sum(hit_BE * ((end_E - count_E)[None, :] + rank_BE), 1)
+    _store_places(place_B, tl.sum(hit_BE, 1) > 0, pair_B, n_pairs, n_choices, pair_ptr, row_ptr, place_ptr)
 
 
-@triton.jit(do_not_specialize=["n_pairs"])
-def _count(ids_ptr, count_ptr, n_pairs, n_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-    pair_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert_E = tl.arange(0, EXPERTS)
-    count_E = tl.sum(_one_hot(ids_ptr, pair_B, n_pairs, n_experts, expert_E), 0)
-    tl.store(count_ptr + tl.program_id(0) * n_experts + expert_E, count_E, mask=expert_E < n_experts)
+@triton.jit(do_not_specialize=["n_pairs", "n_blocks"])
+def _count(ids_ptr, count_ptr, n_pairs, n_blocks, n_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+    """Counts [E, blocks] of each block's pairs of each expert."""
+    block = tl.program_id(0)
+    pair_B = block * BLOCK + tl.arange(0, BLOCK)
+    for first in range(0, n_experts, EXPERTS):
+        expert_E = first + tl.arange(0, EXPERTS)
+        count_E = tl.sum(_one_hot(ids_ptr, pair_B, n_pairs, n_experts, expert_E), 0)
+        tl.store(count_ptr + expert_E * n_blocks + block, count_E, mask=expert_E < n_experts)
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
-def _sum_up(count_ptr, end_ptr, bound_ptr, n_blocks, n_experts, STEP: tl.constexpr, EXPERTS: tl.constexpr):
-    """Counts [blocks, E] become the first place of each block's pairs of each expert."""
-    expert_E = tl.arange(0, EXPERTS)
-    total_E = tl.zeros([EXPERTS], tl.int32)
-    for block in range(0, n_blocks, STEP):
-        block_S = block + tl.arange(0, STEP)
-        inside_SE = (block_S < n_blocks)[:, None] & (expert_E < n_experts)[None, :]
-        at_SE = block_S[:, None] * n_experts + expert_E[None, :]
-        total_E += tl.sum(tl.load(count_ptr + at_SE, mask=inside_SE, other=0), 0)
-    end_E = tl.cumsum(total_E, 0)
-    _store_ends(end_E, expert_E, n_experts, end_ptr, bound_ptr)
-    first_E = end_E - total_E
-    for block in range(0, n_blocks, STEP):
-        block_S = block + tl.arange(0, STEP)
-        inside_SE = (block_S < n_blocks)[:, None] & (expert_E < n_experts)[None, :]
-        at_SE = block_S[:, None] * n_experts + expert_E[None, :]
-        count_SE = tl.load(count_ptr + at_SE, mask=inside_SE, other=0)
-        tl.store(count_ptr + at_SE, first_E[None, :] + tl.cumsum(count_SE, 0) - count_SE, mask=inside_SE)
-        first_E += tl.sum(count_SE, 0)
+def _sum_up(count_ptr, total_ptr, n_blocks, STEP: tl.constexpr):
+    """An expert's counts become those of all blocks before; and its total."""
+    expert = tl.program_id(0)
+    total = 0
+    for first in range(0, n_blocks, STEP):
+        block_S = first + tl.arange(0, STEP)
+        at_S = count_ptr + expert * n_blocks + block_S
+        count_S = tl.load(at_S, mask=block_S < n_blocks, other=0)
+        tl.store(at_S, total + tl.cumsum(count_S, 0) - count_S, mask=block_S < n_blocks)
+        total += tl.sum(count_S, 0)
+    tl.store(total_ptr + expert, total)
 
 
-@triton.jit(do_not_specialize=["n_pairs"])
+@triton.jit(do_not_specialize=["n_pairs", "n_blocks"])
 def _put(
-    ids_ptr, first_ptr, pair_ptr, row_ptr, place_ptr, n_pairs, n_experts, n_choices,
-    BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+    ids_ptr, before_ptr, total_ptr, pair_ptr, row_ptr, place_ptr, end_ptr, bound_ptr,
+    n_pairs, n_blocks, n_experts, n_choices, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    pair_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert_E = tl.arange(0, EXPERTS)
-    hit_BE = _one_hot(ids_ptr, pair_B, n_pairs, n_experts, expert_E)
-    first_E = tl.load(first_ptr + tl.program_id(0) * n_experts + expert_E, mask=expert_E < n_experts, other=0)
-    _place(hit_BE, first_E, pair_B, n_pairs, n_choices, pair_ptr, row_ptr, place_ptr)
+    """A pair's place: pairs of lower experts, of its own in blocks before, and of its own before it in its block."""
+    block = tl.program_id(0)
+    at_B = tl.arange(0, BLOCK)
+    pair_B = block * BLOCK + at_B
+    id_B = tl.load(ids_ptr + pair_B, mask=pair_B < n_pairs, other=-1).to(tl.int32)
+    known_B = (id_B >= 0) & (id_B < n_experts)
+    same_BB = (id_B[:, None] == id_B[None, :]) & (at_B[None, :] < at_B[:, None])
+    place_B = tl.sum(same_BB.to(tl.int32), 1)
+    place_B += tl.load(before_ptr + id_B * n_blocks + block, mask=known_B, other=0)
+    total = 0
+    for first in range(0, n_experts, EXPERTS):
+        expert_E = first + tl.arange(0, EXPERTS)
+        total_E = tl.load(total_ptr + expert_E, mask=expert_E < n_experts, other=0)
+        place_B += tl.sum(tl.where(expert_E[None, :] < id_B[:, None], total_E[None, :], 0), 1)
+        if block == 0:
+            _store_ends(total + tl.cumsum(total_E, 0), expert_E, n_experts, end_ptr, bound_ptr)
+            total += tl.sum(total_E, 0)
+    _store_places(place_B, known_B, pair_B, n_pairs, n_choices, pair_ptr, row_ptr, place_ptr)
 
 
 def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:
@@ -123,14 +132,14 @@ def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:
             num_warps=8,
         )  # fmt: skip
         return Routing(pair_P, row_P, place_P, end_E, bound_B)
-    block = max(16, min(_ONE_HOT // experts, power_of_2(ceil_div(n_pairs, _FEW_BLOCKS))))
-    warps = 16 if block * experts > _AT_ONCE else 4
-    n_blocks = ceil_div(n_pairs, block)
-    count = torch.empty((n_blocks, n_experts), dtype=torch.int32, device=ids_P.device)
-    _count[(n_blocks,)](ids_P, count, n_pairs, n_experts, block, experts, num_warps=warps)
-    step = max(1, min(_FEW_BLOCKS, 16384 // experts))
-    _sum_up[(1,)](count, end_E, bound_B, n_blocks, n_experts, step, experts, num_warps=16)
+    n_blocks = ceil_div(n_pairs, _BLOCK)
+    count = torch.empty((n_experts, n_blocks), dtype=torch.int32, device=ids_P.device)
+    total_E = torch.empty_like(end_E)
+    chunk = min(_EXPERTS, experts)
+    _count[(n_blocks,)](ids_P, count, n_pairs, n_blocks, n_experts, _BLOCK, chunk, num_warps=4)
+    _sum_up[(n_experts,)](count, total_E, n_blocks, min(_STEP, power_of_2(n_blocks)), num_warps=4)
     _put[(n_blocks,)](
-        ids_P, count, pair_P, row_P, place_P, n_pairs, n_experts, n_choices, block, experts, num_warps=warps
-    )
+        ids_P, count, total_E, pair_P, row_P, place_P, end_E, bound_B, n_pairs, n_blocks, n_experts, n_choices,
+        _BLOCK, chunk, num_warps=4,
+    )  # fmt: skip
     return Routing(pair_P, row_P, place_P, end_E, bound_B)

@@ -39,16 +39,14 @@ def fits(x_TD: Tensor, weights: ExpertWeights) -> bool:
 
 
 # Product -> (tile of rows, of columns, ping-pong, cluster of rows, of columns), on an H200 (docs/kernels.md): what the
-# tuner of QuACK chose in SonicMoE's step, compared with others in full steps under load.
+# tuner of QuACK chose in SonicMoE's step, compared with others in full steps under load; "down backward" is our find.
 _TILES = {
     "up": (128, 192, True, 2, 1),
-    "down backward": (128, 128, True, 2, 1),
     "rows": (192, 128, True, 1, 2),
     "weights in": (256, 192, False, 2, 1),
     "weights out": (128, 256, False, 2, 1),
 }
 _WIDE_TILES = {
-    "down backward": (128, 128, True, 2, 1),
     "rows": (128, 256, False, 2, 1),
     "weights in": (256, 192, False, 1, 1),
     "weights out": (256, 192, False, 1, 1),
@@ -56,7 +54,7 @@ _WIDE_TILES = {
 """For wide experts: Mixtral's step takes 54.9 ms with these and 59.2 with the others."""
 
 
-def _config(product: str, x_TD: Tensor, wide: bool):
+def _config(product: str, x_TD: Tensor, weights: ExpertWeights):
     """The tile for a product.
 
     QuACK's own tuner takes 10 to 50 s for every new token count, which a server that sees new counts all day cannot
@@ -66,7 +64,10 @@ def _config(product: str, x_TD: Tensor, wide: bool):
 
     if torch.cuda.get_device_capability(x_TD.device)[0] != 9:
         return None
-    tile = (_WIDE_TILES if wide else _TILES).get(product)
+    tile = (_WIDE_TILES if weights.wide else _TILES).get(product)
+    if product == "down backward":
+        # Its epilogue is longer than its product, and shorter for few rows.
+        tile = (64, 192 if weights.w_out_EFD.shape[1] % 192 == 0 else 256, True, 2, 1)
     if tile is None:
         return None
     tile_m, tile_n, pingpong, cluster_m, cluster_n = tile
@@ -76,11 +77,11 @@ def _config(product: str, x_TD: Tensor, wide: bool):
     )  # fmt: skip
 
 
-def _gemm(product: str, a: Tensor, b: Tensor, out: Tensor, wide: bool, **options) -> None:
+def _gemm(product: str, a: Tensor, b: Tensor, out: Tensor, weights: ExpertWeights, **options) -> None:
     from quack.gemm_interface import gemm_tuned
 
     # Below the tuner: `gemm` takes no configuration.
-    gemm_tuned.fn(a, b, out, config=_config(product, a, wide), **options)
+    gemm_tuned.fn(a, b, out, config=_config(product, a, weights), **options)
 
 
 def _up(x_TD: Tensor, weights: ExpertWeights, row_P: Tensor, bound_B: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
@@ -89,7 +90,7 @@ def _up(x_TD: Tensor, weights: ExpertWeights, row_P: Tensor, bound_B: Tensor, *,
 
     return gemm_gated(
         x_TD, weights.w_in_EDH, activation="swiglu", cu_seqlens_m=bound_B, A_idx=row_P, store_preact=keep,
-        concat_layout=("B",), tuned=False, config=_config("up", x_TD, weights.wide),
+        concat_layout=("B",), tuned=False, config=_config("up", x_TD, weights),
     )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def forward(
     row_P, bound_B = routing.row_P, routing.bound_B
     h_PH, a_PF = _up(x_TD, weights, row_P, bound_B, keep=keep)
     y_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
-    _gemm("rows", a_PF, weights.w_out_EFD, y_PD, weights.wide, cu_seqlens_m=bound_B)
+    _gemm("rows", a_PF, weights.w_out_EFD, y_PD, weights, cu_seqlens_m=bound_B)
     y_TD, _ = rows.combine(y_PD, routing, (n_tokens, n_choices), gates_TK)
     return y_TD, Saved(NAME, routing, (h_PH,)) if keep else None
 
@@ -127,16 +128,15 @@ def backward(
     if expert_ids_TK.numel() == 0:
         return no_gradient(x_TD, gates_TK, weights, fresh=fresh)
     w_in_EDH, w_out_EFD, _ = weights
-    wide = weights.wide
     n_tokens, n_choices = expert_ids_TK.shape
     routing: Routing = rows.sort_pairs(expert_ids_TK, w_in_EDH.shape[0]) if saved is None else saved.routing
     row_P, bound_B = routing.row_P, routing.bound_B
     h_PH = _up(x_TD, weights, row_P, bound_B, keep=True)[0] if saved is None else saved.h_PH
-    gate_P = gates_TK.reshape(-1).float()[routing.pair_P]
+    gate_P = gates_TK.reshape(-1).float().index_select(0, routing.pair_P)
     dh_PH, a_PF, dgate_P = gemm_dgated(
         dy_TD, w_out_EFD.transpose(1, 2), PreAct=h_PH, activation="swiglu", colvec_scale=gate_P, colvec_reduce=True,
         cu_seqlens_m=bound_B, A_idx=row_P, dynamic_scheduler=False, tuned=False,
-        config=_config("down backward", x_TD, wide),
+        config=_config("down backward", x_TD, weights),
     )  # fmt: skip
     if saved is not None:
         saved.release()
@@ -144,7 +144,7 @@ def backward(
 
     def rows_back() -> tuple[Tensor, Tensor]:
         dx_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
-        _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, wide, cu_seqlens_m=bound_B, concat_layout=("B",))
+        _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, weights, cu_seqlens_m=bound_B, concat_layout=("B",))
         dx_TD, dgates_TK = rows.combine(dx_PD, routing, (n_tokens, n_choices), None, dgate_P.unsqueeze(1))
         assert dgates_TK is not None
         return dx_TD, dgates_TK.to(gates_TK.dtype)
@@ -158,7 +158,7 @@ def backward(
         if grads is not None:
             options = {"cu_seqlens_k": bound_B, "A_idx": row_P, "add_to_output": grads is sums}
             # dw_out as its transpose: the gathered rows come first.
-            _gemm("weights out", dy_TD.t(), a_PF, grads.w_out_EFD.transpose(1, 2), wide, **options)
-            _gemm("weights in", x_TD.t(), dh_PH, grads.w_in_EDH, wide, concat_layout=("out",), **options)
+            _gemm("weights out", dy_TD.t(), a_PF, grads.w_out_EFD.transpose(1, 2), weights, **options)
+            _gemm("weights in", x_TD.t(), dh_PH, grads.w_in_EDH, weights, concat_layout=("out",), **options)
     del a_PF
     return *(back or rows_back()), new

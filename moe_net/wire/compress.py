@@ -9,6 +9,7 @@ little-endian on every machine torch runs on; nothing here swaps bytes.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -86,53 +87,25 @@ def array_memory(array: npt.NDArray[Any]) -> memoryview:
     return array.data.cast("B") if array.size else memoryview(b"")
 
 
-class _Window:
-    """Memory that is read-only for Python, offered to numpy as writable: torch warns of the other kind.
-
-    numpy keeps this object, and it keeps the owner of the memory, as long as any array or tensor looks at it.
-    """
-
-    __slots__ = ("__array_interface__", "owner")
-
-    def __init__(self, owner: memoryview, address: int, typestr: str, shape: tuple[int, ...]) -> None:
-        self.owner = owner
-        self.__array_interface__: dict[str, Any] = {
-            "version": 3,
-            "shape": shape,
-            "typestr": typestr,
-            "data": (address, False),
-        }
-
-
-# numpy's name of what lies in memory; it knows no bfloat16, and takes another number of 2 bytes.
-_TYPESTR = {
-    torch.float32: "<f4",
-    torch.bfloat16: "<i2",
-    torch.float16: "<f2",
-    torch.int8: "|i1",
-    torch.uint8: "|u1",
-}
+# torch says once in a process that it cannot keep anybody from writing to read-only memory. It is said above.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 def tensor_view(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
     """The values of `data`, as [N] or in `shape`: a view, to be treated as read-only, or a copy where they are not
     aligned. `data` is as long as `shape` says.
 
-    numpy is told dtype and shape, for each `view` of torch's takes 5 us when the caches are cold, as between calls.
-
     torch's kernels take unaligned memory on x86 (dot is 10 times slower, the rest as fast), but neither C++ nor other
     processors promise that. A copy of 16 MiB takes 1 ms; the codec pads, so that our own messages need none.
     """
-    shape = shape or (data.nbytes // dtype.itemsize,)
-    typestr = _TYPESTR[dtype]
-    array = np.frombuffer(data, np.uint8)
-    address = array.__array_interface__["data"][0]
-    if address % dtype.itemsize:
-        values = array.copy().view(typestr).reshape(shape)
-    else:
-        values = np.asarray(_Window(data, address, typestr, shape))
-    x = torch.from_numpy(values)
-    return x.view(dtype) if dtype is torch.bfloat16 else x
+    if not data.nbytes:
+        return torch.empty(shape or (0,), dtype=dtype)
+    if not np.frombuffer(data, f"u{dtype.itemsize}").flags.aligned:
+        data = memoryview(bytearray(data))
+    x = torch.frombuffer(data, dtype=dtype)
+    return x if shape is None else x.view(shape)
 
 
 def _clamped(x_RD: Tensor, largest: float) -> Tensor:

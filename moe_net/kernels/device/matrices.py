@@ -54,8 +54,7 @@ class OnDevice:
     def _kept(self, data: memoryview) -> Tensor:
         """`data` in pinned memory: a message that came in one piece lies elsewhere, and the thread that the experts run
         on would have to wait for its copy."""
-        # torch warns of memory that Python may not write to.
-        values = compress.tensor_view(data, torch.uint8) if data.readonly else torch.frombuffer(data, dtype=torch.uint8)
+        values = compress.tensor_view(data, torch.uint8)
         if is_large_part(data) and (values.is_pinned() or not self._on_gpu):
             return values
         return self._pinned(data.nbytes).copy_(values)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from moe_net.errors import CheckpointError
 from moe_net.types import ExpertShape
+from moe_net.wire.state import max_header_bytes
 
 FORMAT = "moe-net experts 1"
-_MAX_HEADER_BYTES = 16 << 20
 _DTYPES = ("F32", "I64")
 
 
@@ -51,11 +51,14 @@ def pack(state: Mapping[str, Tensor], *, run: str, shape: ExpertShape) -> bytes:
     return safetensors.torch.save({name: value.contiguous() for name, value in state.items()}, {"moe-net": manifest})
 
 
-def _read_manifest(data: bytes) -> dict[str, Any]:
+def _read_manifest(data: bytes, shape: ExpertShape) -> dict[str, Any]:
     """What `pack` stated. A safetensors file begins with 8 bytes of length (little-endian), then that much JSON."""
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER_BYTES):
+    if len(data) < 8 or length > len(data) - 8:
         raise CheckpointError(f"not a safetensors file, or cut short: {len(data)} bytes")
+    largest = max_header_bytes(len(data) - length, shape)
+    if length > largest:  # hundreds of thousands of empty tensors take seconds to look at
+        raise CheckpointError(f"a header of {length} bytes, the limit for {len(data)} bytes of experts is {largest}")
     try:
         header = json.loads(data[8 : 8 + length])
         manifest = json.loads(header["__metadata__"]["moe-net"])
@@ -64,7 +67,7 @@ def _read_manifest(data: bytes) -> dict[str, Any]:
     except (KeyError, TypeError):
         raise CheckpointError("a safetensors file, but no snapshot of experts") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not a safetensors file: {error}") from error
+        raise CheckpointError(f"not a safetensors file: {error!s:.200}") from error
     if not isinstance(manifest, dict):
         raise CheckpointError(f"the snapshot's manifest is {manifest!r:.80}")
     if others:
@@ -74,14 +77,14 @@ def _read_manifest(data: bytes) -> dict[str, Any]:
 
 def unpack(data: bytes, *, run: str, shape: ExpertShape) -> dict[str, Tensor]:
     """The state in `data`. CheckpointError if it is damaged, of another format, run or expert shape."""
-    manifest = _read_manifest(data)
+    manifest = _read_manifest(data, shape)
     for key, expected in _manifest(run, shape).items():
         if manifest.get(key) != expected:
-            raise CheckpointError(f"snapshot has {key} {manifest.get(key)!r}, this run {expected!r}")
+            raise CheckpointError(f"snapshot has {key} {manifest.get(key)!r:.80}, this run {expected!r}")
     try:
         state = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"damaged snapshot: {error}") from error
+        raise CheckpointError(f"damaged snapshot: {error!s:.200}") from error
     if _digest(state) != manifest.get("sha256"):
         raise CheckpointError("damaged snapshot: its values do not have the digest it states")
     return state

@@ -33,6 +33,12 @@ def max_state_bytes(n_experts: int, shape: ExpertShape) -> int:
     return _HEADER_BYTES + n_experts * (one_bytes + (len(STATE_FIELDS + SUM_FIELDS) + 1) * _ENTRY_BYTES)
 
 
+def max_header_bytes(n_bytes: int, shape: ExpertShape) -> int:
+    """The most that the header of a file of `n_bytes` takes, whose experts have at least their gradients."""
+    n_experts = n_bytes // (4 * shape.d_model * (shape.d_hidden + shape.d_ff))
+    return _HEADER_BYTES + n_experts * (len(STATE_FIELDS + SUM_FIELDS) + 1) * _ENTRY_BYTES
+
+
 def check_state(state: Mapping[str, Tensor], *, layer: int, indices: Collection[int], shape: ExpertShape) -> None:
     """`state` is that of the experts `indices` of `layer`: all of it, nothing else, and usable. An expert has all of
     SUM_FIELDS or none, and may have LINEAGE_FIELD.

@@ -11,9 +11,11 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+import safetensors.torch
 import torch
 from wire_calls import make_rows
 
+from moe_net.errors import CheckpointError
 from moe_net.experts.bank import ExpertBank
 from moe_net.optim import OptimizerConfig
 from moe_net.proto.v1 import expert_pb2
@@ -22,7 +24,7 @@ from moe_net.rpc.grpc_client import SERVICE, GrpcTransport, channel_options
 from moe_net.types import ExpertId, ExpertShape, PeerInfo
 from moe_net.wire import codec
 from moe_net.wire.messages import ForwardAnswer, ForwardCall
-from moe_net.wire.snapshot import pack
+from moe_net.wire.snapshot import pack, unpack
 from moe_net.wire.state import max_state_bytes
 from moe_net.wire.validate import Limits
 
@@ -221,3 +223,15 @@ async def test_an_answer_about_experts_that_were_not_asked_is_refused(how: str, 
         with pytest.raises(CallError, match=f"expert {expert}, which was not asked") as caught:
             await transport.forward(peer, call, timeout_s=30)
     assert caught.value.failure is CallFailure.REFUSED
+
+
+def test_a_header_of_many_empty_tensors_is_refused_before_it_is_looked_at() -> None:
+    data = safetensors.torch.save({f"{n:032d}": torch.empty(0) for n in range(2000)}, {"moe-net": "{}"})
+    with pytest.raises(CheckpointError, match=r"a header of 1\d{5} bytes"):
+        unpack(data, run="r", shape=SHAPE)
+
+
+def test_a_snapshot_of_another_run_is_refused_in_few_words() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        unpack(pack(new_state(), run="r" * 2000, shape=SHAPE), run="r", shape=SHAPE)
+    assert len(str(caught.value)) < 200

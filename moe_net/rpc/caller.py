@@ -6,10 +6,14 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from moe_net.rpc.base import CallError, ExpertTransport, Failed
+from torch import Tensor
+
+from moe_net.errors import WireError
+from moe_net.rpc.base import CallError, CallFailure, ExpertTransport, Failed
 from moe_net.rpc.outlook import CallKind, Outlook
 from moe_net.types import Encoding, PeerInfo
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitAnswer, CommitCall, ForwardAnswer, ForwardCall
+from moe_net.wire.validate import check_plausible
 
 AnswerT = TypeVar("AnswerT")
 
@@ -66,8 +70,12 @@ class Caller:
         self.stats.rows += rows
         started_s = self._begin(hedge)
         answer = await self._ask(self._transport.forward(peer, call, timeout_s=timeout_s), started_s)
-        if not isinstance(answer, Failed):
-            self._answered(peer, CallKind.FORWARD, rows, started_s, answer)
+        if isinstance(answer, Failed):
+            return answer
+        useless = _nothing_ran(peer, call, answer) or _implausible(peer, call.rows.x_RD, y=answer.y_RD)
+        if useless:
+            return Failed(error=useless, waited_s=self.now_s() - started_s)
+        self._answered(peer, CallKind.FORWARD, rows, started_s, answer)
         return answer
 
     async def backward(
@@ -75,8 +83,12 @@ class Caller:
     ) -> BackwardAnswer | Failed:
         started_s = self._begin(hedge)
         answer = await self._ask(self._transport.backward(peer, call, timeout_s=timeout_s), started_s)
-        if not isinstance(answer, Failed):
-            self._answered(peer, CallKind.BACKWARD, call.grad_RD.shape[0], started_s, answer)
+        if isinstance(answer, Failed):
+            return answer
+        useless = _implausible(peer, call.grad_RD, dx=answer.dx_RD, gate_grad=answer.gate_grad_P)
+        if useless:
+            return Failed(error=useless, waited_s=self.now_s() - started_s)
+        self._answered(peer, CallKind.BACKWARD, call.grad_RD.shape[0], started_s, answer)
         return answer
 
     async def commit(self, peer: PeerInfo, call: CommitCall, *, timeout_s: float) -> CommitAnswer | Failed:
@@ -113,3 +125,20 @@ class Caller:
         self.outlook.answered(
             peer.peer_id, kind, rows, self.now_s() - started_s, queue_us=answer.queue_us, compute_us=answer.compute_us
         )
+
+
+def _nothing_ran(peer: PeerInfo, call: ForwardCall, answer: ForwardAnswer) -> CallError | None:
+    """The error that an answer without any of the experts is."""
+    if answer.failed_experts and set(call.rows.expert_index_P.tolist()) <= set(answer.failed_experts):
+        return CallError(CallFailure.REFUSED, peer.peer_id, "could run none of the experts")
+    return None
+
+
+def _implausible(peer: PeerInfo, sent: Tensor, **values: Tensor) -> CallError | None:
+    """What is wrong with an answer of absurd values: they would end the training as if it had diverged by itself."""
+    try:
+        for name, value in values.items():
+            check_plausible(value, name, sent=sent)
+    except WireError as error:
+        return CallError(CallFailure.REFUSED, peer.peer_id, f"implausible answer: {error}")
+    return None

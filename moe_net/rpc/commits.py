@@ -14,7 +14,7 @@ from typing import Any
 
 from moe_net.placement.health import ProbeFailed
 from moe_net.placement.view import View
-from moe_net.rpc.base import CallFailure, Failed
+from moe_net.rpc.base import CallError, CallFailure, Failed
 from moe_net.rpc.caller import Caller
 from moe_net.rpc.ledger import Ledger
 from moe_net.rpc.outlook import CallKind
@@ -120,7 +120,7 @@ class Commits:
     async def _say(self, peer: PeerInfo) -> bool:
         """The commits that the peer has not heard of, in order; whether it knows all now."""
         deadline_s = self._caller.now_s() + self._policy.commit_timeout_s
-        outlook, attempt = self._caller.outlook, 0
+        outlook, attempt, began_s = self._caller.outlook, 0, self._caller.now_s()
         while (commit := self._ledger.next_commit(peer.peer_id)) is not None:
             attempt += 1
             self._caller.stats.retries += attempt > 1
@@ -128,18 +128,27 @@ class Commits:
             answer = await self._caller.commit(peer, commit, timeout_s=max(0.001, timeout_s))
             if not isinstance(answer, Failed):
                 self._ledger.heard(peer.peer_id, commit)
-                attempt = 0
+                attempt, began_s = 0, self._caller.now_s()
                 continue
             if answer.error.failure is CallFailure.REFUSED:
                 self._ledger.heard(peer.peer_id, commit)  # It would be refused again for ever.
             outlook.blame(peer, CallKind.COMMIT, 1, answer)
             left_s = deadline_s - self._caller.now_s()
+            busy_s = self._caller.now_s() - began_s
+            busy = answer.error.failure is CallFailure.BUSY
+            if busy:
+                left_s = min(left_s, self._policy.min_timeout_s - busy_s)
             usable = outlook.usable(peer.peer_id)
             move = after_commit(
                 answer.error.failure, attempt=attempt, left_s=left_s, policy=self._policy, usable=usable
             )
             outlook.report(peer, CallKind.COMMIT, answer, action=move.value)
             if move is Move.GIVE_UP:
+                if busy:
+                    # A commit takes no room to speak of: who has none for so long holds up every step, and is asked in
+                    # the background like one that does not answer.
+                    late = CallError(CallFailure.LATE, peer.peer_id, f"busy for {busy_s:.1f} s: {answer.error.detail}")
+                    outlook.blame(peer, CallKind.COMMIT, 1, Failed(error=late, waited_s=busy_s))
                 return False
             queue_s = answer.error.queue_s
             await self._sleep(pause_s(attempt=attempt, left_s=left_s, policy=self._policy, queue_s=queue_s))

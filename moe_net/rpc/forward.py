@@ -158,7 +158,7 @@ class ForwardPass:
             return await self._elsewhere(peer, shipment, outcome.answer, attempt, tried)
         replies: list[_Reply] = outcome.answer
         missing_P = ~replies[0].kept.ran_P
-        if outcome.hedge_won or not bool(missing_P.any()):
+        if outcome.hedge_won or not bool(missing_P.any()) or attempt >= outlook.policy.attempts:
             return replies
         # It says that it cannot run some experts (any more): others may.
         tried |= {(e, peer.peer_id) for e in set(shipment.rows.expert_index_P[missing_P].tolist())}

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeVar, cast
 
@@ -45,6 +46,9 @@ FIRST_CHUNK_S, CHUNK_STALL_S = 20.0, 5.0
 MAX_CONNECTIONS = 4
 """To a peer. Of many calls in one connection each waits for the bytes of those before it, and for a packet of theirs
 that was lost; one after the other they take only one."""
+IDLE_S = 120.0
+"""After so long without a call a connection is let go when another address gets its first: its peer has left, or has
+moved. Who trains asks every peer at each step."""
 AnswerT = TypeVar("AnswerT")
 SERVICE = "/moe_net.v1.ExpertService/"
 QUEUE_US_KEY = "moe-queue-us"
@@ -97,6 +101,7 @@ class _Connection:
     methods: dict[str, Callable[..., Any]]
     n_calls: int = 0
     """Under way."""
+    used_s: float = field(default_factory=time.monotonic)
 
 
 class GrpcTransport:
@@ -113,6 +118,8 @@ class GrpcTransport:
     @contextmanager
     def _methods(self, address: str) -> Generator[dict[str, Callable[..., Any]]]:
         """Of the connection with the fewest calls; a new one rather than one with any, while there are few."""
+        if address not in self._connections:
+            self._let_go_idle()
         connections = self._connections.setdefault(address, [])
         best = min(connections, key=lambda connection: connection.n_calls, default=None)
         if best is None or (best.n_calls and len(connections) < MAX_CONNECTIONS):
@@ -129,6 +136,14 @@ class GrpcTransport:
             raise
         finally:
             best.n_calls -= 1
+            best.used_s = time.monotonic()
+
+    def _let_go_idle(self) -> None:
+        idle_since_s = time.monotonic() - IDLE_S
+        for address, connections in list(self._connections.items()):
+            connections[:] = [c for c in connections if c.n_calls or c.used_s > idle_since_s]
+            if not connections:
+                del self._connections[address]
 
     def _connect(self, address: str) -> _Connection:
         channel = grpc.aio.insecure_channel(address, options=channel_options(self._limits))
@@ -228,7 +243,7 @@ class GrpcTransport:
         stream = self._stream(peer, "Fetch", request, timeout_s)
         try:
             whole = await self._read_file(peer, stream, limit_bytes=max_state_bytes(len(asked), self._shape))
-            state = unpack(whole, run=self._run, shape=self._shape)
+            state = await asyncio.to_thread(unpack, whole, run=self._run, shape=self._shape)
             check_state(state, layer=layer, indices=asked, shape=self._shape)
         except (CheckpointError, WireError) as error:
             detail = f"unusable state of layer {layer}: {error}"

@@ -81,6 +81,7 @@ class Outlook:
         self._busy_until_s: dict[str, float] = {}
         self._answered_s: dict[str, float] = {}
         self._catching_up_until_s: dict[str, float] = {}
+        self._filtered: tuple[View, frozenset[str], View] | None = None
         self._on_suspended = on_suspended
         self._budgets = {
             kind: HedgeBudget(fraction=policy.hedge_fraction, burst=policy.hedge_burst)
@@ -108,7 +109,12 @@ class Outlook:
 
     def filtered(self, view: View, owing: Collection[str] = ()) -> View:
         """`view` without the peers that are suspended, and without `owing`."""
-        return view.without([p for p in view.peers if p in owing or not self.usable(p)])
+        gone = frozenset(p for p in view.peers if p in owing or not self.usable(p))
+        known = self._filtered  # read once: other threads ask, too
+        if known is None or known[0] is not view or known[1] != gone:
+            # By every call of a trainer, and a view takes a millisecond for each hundred experts of those that go.
+            known = self._filtered = (view, gone, view.without(gone))
+        return known[2]
 
     def spared(self, view: View) -> frozenset[str]:
         """Peers that should get rows only where no other replica can serve: with a full queue, slow just now, or back

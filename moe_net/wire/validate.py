@@ -23,6 +23,10 @@ Int32Array = npt.NDArray[np.int32]
 
 FEW_EXPERTS = 4
 """Of a row: compared pair by pair."""
+PLAUSIBLE = 1e9
+"""Of an answer to values of up to 1, and in proportion. Activations of trained models stay below 1e5."""
+LARGEST = 1e18
+"""Of any answer: its square is a number of fp32, and so the norm behind it makes something finite of it."""
 CALL_ID_BYTES = 16
 MAX_TRAINER_BYTES = 128
 
@@ -127,6 +131,21 @@ def check_finite(x: Tensor, name: str) -> None:
     lowest, highest = torch.aminmax(x)
     if not (math.isfinite(lowest.item()) and math.isfinite(highest.item())):
         raise WireError(f"{name}: holds an infinity or NaN")
+
+
+def check_plausible(x: Tensor, name: str, *, sent: Tensor) -> None:
+    """WireError when a value of `x`, an expert's answer, is out of all proportion to what it was `sent`."""
+    largest = _largest(x)
+    if largest > PLAUSIBLE and largest > min(LARGEST, PLAUSIBLE * max(1.0, _largest(sent))):
+        raise WireError(f"{name}: values of up to {largest:.3g}")
+
+
+def _largest(x: Tensor) -> float:
+    """The largest absolute value; 0 of none."""
+    if not x.numel():
+        return 0.0
+    lowest, highest = torch.aminmax(x)
+    return max(-lowest.item(), highest.item())
 
 
 def check_trainer(trainer: str) -> None:

@@ -1,0 +1,127 @@
+"""rpc/swarm against peers that answer what no honest one would: no answer of theirs ends or holds up a training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+import pytest
+import torch
+from faulty_swarms import EXPERTS, RUN, forward, swarm_of
+from swarms import make_trainer, small_run
+
+from moe_net.client import make_banks
+from moe_net.experts.host import ExpertHost
+from moe_net.model.remote_moe import SwarmLink
+from moe_net.placement.view import View
+from moe_net.rpc.base import CallFailure
+from moe_net.rpc.grpc_client import GrpcTransport
+from moe_net.rpc.local import LocalTransport
+from moe_net.rpc.outlook import Outlook
+from moe_net.rpc.policy import CallPolicy
+from moe_net.rpc.portal import Portal
+from moe_net.rpc.swarm import ExpertSwarm
+from moe_net.types import PeerInfo
+from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall
+
+Answer = TypeVar("Answer", ForwardAnswer, BackwardAnswer)
+
+
+class Liar(LocalTransport):
+    """Answers of `peer-1` hold `value` in the field of that name while `lies`."""
+
+    def __init__(self, hosts: dict[str, ExpertHost], field: str, value: float) -> None:
+        super().__init__(hosts)
+        self.field, self.value, self.lies = field, value, False
+
+    def _lie(self, peer: PeerInfo, answer: Answer) -> Answer:
+        if not self.lies or peer.peer_id != "peer-1" or not hasattr(answer, self.field):
+            return answer
+        return replace(answer, **{self.field: torch.full_like(getattr(answer, self.field), self.value)})
+
+    async def forward(self, peer: PeerInfo, call: ForwardCall, *, timeout_s: float) -> ForwardAnswer:
+        return self._lie(peer, await super().forward(peer, call, timeout_s=timeout_s))
+
+    async def backward(self, peer: PeerInfo, call: BackwardCall, *, timeout_s: float) -> BackwardAnswer:
+        return self._lie(peer, await super().backward(peer, call, timeout_s=timeout_s))
+
+
+@pytest.mark.parametrize("value", [3e38, -2e18, -1e11, 9e8])
+@pytest.mark.parametrize("field", ["y_RD", "dx_RD", "gate_grad_P"])
+def test_no_finite_answer_ends_a_training(field: str, value: float) -> None:
+    run = small_run()
+    experts = run.model.expert_ids
+    peers = [
+        PeerInfo(peer_id=f"peer-{p}", address="", experts=tuple(e for e in experts if e.index % 2 == p))
+        for p in range(2)
+    ]
+    transport = Liar({peer.peer_id: ExpertHost(make_banks(run, peer.experts)) for peer in peers}, field, value)
+    with Portal() as portal:
+        swarm = ExpertSwarm(trainer="t", transport=transport, view=lambda: View(peers), encoding=run.wire_encoding)
+        trainer = make_trainer(run, SwarmLink(swarm=swarm, runner=portal))
+        losses: list[float] = []
+        for step in range(4):
+            transport.lies = step == 1
+            losses.append(trainer.train_step().loss)
+        assert all(loss < 100 for loss in losses), losses
+        assert all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters())
+        believed = value == 9e8
+        assert (swarm.stats.dropped_pairs + swarm.stats.lost_gradient_pairs > 0) is not believed
+        portal.run(swarm.close())
+
+
+async def test_an_answer_in_which_no_expert_ran_is_held_against_its_peer() -> None:
+    swarm, transport, _, _ = swarm_of(replicas=2)
+    honest = transport.forward
+    favourite = ""
+
+    async def lying(peer: PeerInfo, call: ForwardCall, *, timeout_s: float) -> ForwardAnswer:
+        nonlocal favourite
+        answer = await honest(peer, call, timeout_s=timeout_s)
+        favourite = favourite or peer.peer_id
+        asked = tuple(sorted(set(call.rows.expert_index_P.tolist())))
+        return answer if peer.peer_id != favourite else replace(answer, failed_experts=asked)
+
+    transport.forward = lying  # type: ignore[method-assign]
+    for step in range(4):
+        result = await forward(swarm, step)
+        assert bool(result.answered_TK.all()), "the replica has run them"
+    assert ("peer_suspended", "masked") in transport.happened()
+    assert ("forward_failed", "elsewhere") in transport.happened()
+    await swarm.close()
+
+
+async def test_a_peer_that_is_busy_with_every_commit_holds_up_one_step_for_a_moment() -> None:
+    swarm, transport, _, clock = swarm_of(replicas=2, min_timeout_s=2.0)
+    transport.busy_s = 1e4
+    await swarm.commit(0, 1)
+    transport.fault = lambda method, peer: CallFailure.BUSY if (method, peer) == ("commit", "p1") else None
+    began_s = clock.now_s
+    await swarm.commit(1, 1)
+    assert clock.now_s - began_s <= 2.0
+    assert "p1" not in swarm.view().peers, "it owes a commit, and is asked in the background"
+    assert ("peer_suspended", "masked") in transport.happened()
+    await swarm.close()
+
+
+def test_the_view_without_suspended_peers_is_made_once() -> None:
+    outlook = Outlook(policy=CallPolicy())
+    view = View([PeerInfo(peer_id=f"p{i}", address="", experts=EXPERTS) for i in range(3)])
+    assert outlook.filtered(view) is view
+    without = outlook.filtered(view, {"p1"})
+    assert without.peers.keys() == {"p0", "p2"}
+    assert outlook.filtered(view, {"p1"}) is without
+    assert outlook.filtered(view, {"p2"}).peers.keys() == {"p0", "p1"}
+    other = View([*view.peers.values(), PeerInfo(peer_id="p9", address="", experts=EXPERTS)])
+    assert outlook.filtered(other, {"p2"}).peers.keys() == {"p0", "p1", "p9"}
+
+
+async def test_connections_to_addresses_of_before_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_net.rpc.grpc_client.IDLE_S", 0.0)
+    transport = GrpcTransport(run=RUN.name, shape=RUN.model.expert_shape)
+    connections = transport._connections
+    with transport._methods("127.0.0.1:1"):
+        for port in range(2, 40):
+            with transport._methods(f"127.0.0.1:{port}"):
+                assert connections.keys() == {"127.0.0.1:1", f"127.0.0.1:{port}"}, "the one with a call stays"
+    await transport.close()

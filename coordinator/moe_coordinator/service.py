@@ -33,7 +33,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
 @asynccontextmanager
 async def running_server(servicer: CoordinatorServicer, listen: str) -> AsyncGenerator[str]:
     """A serving gRPC server; yields its `host:port`. ValueError when `listen` cannot be bound."""
-    server = grpc.aio.server()
+    # Otherwise a second coordinator shares the port silently, and newcomers are dealt out to two swarms.
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server)
     # The stub package knows only the threaded servicer.
     health_servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]

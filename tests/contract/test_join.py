@@ -54,3 +54,10 @@ async def test_an_address_that_is_neither_form_is_named(address: str) -> None:
         await resolve_join([MEMBER, address])
     with pytest.raises(ValueError, match="give an address"):
         await resolve_join([])
+
+
+async def test_a_second_coordinator_gets_no_port_that_the_first_one_has() -> None:
+    async with running_server(coordinator('{"name": "a"}'), "127.0.0.1:0") as address:
+        with pytest.raises(ValueError, match=address):
+            async with running_server(coordinator('{"name": "b"}'), address):
+                pass

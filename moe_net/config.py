@@ -42,8 +42,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.global_batch_tokens < 1:
             raise ValueError("global_batch_tokens must be at least 1")
-        if not self.name or self.record_ttl_s <= 0:
+        if not self.name or not 0 < self.record_ttl_s < float("inf"):
             raise ValueError("name must not be empty, and record_ttl_s positive")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is not in 0..2**63-1")
 
     @property
     def wire_encoding(self) -> Encoding:

@@ -30,8 +30,13 @@ class OptimizerConfig:
     """Largest gradient norm: of the whole trunk, and of each single expert. 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate < 0 or self.total_steps < 1 or self.warmup_steps < 0:
-            raise ValueError("learning_rate and warmup_steps must not be negative, total_steps at least 1")
+        if self.total_steps < 1 or self.warmup_steps < 0:
+            raise ValueError("warmup_steps must not be negative, total_steps at least 1")
+        for name in ("learning_rate", "min_lr_ratio", "eps", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:  # false of a NaN
+                raise ValueError(f"{name}={getattr(self, name)} must be a number, and not negative")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be in 0..1, without 1")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update number `step` (0 is the first)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -35,6 +36,12 @@ class RouterConfig:
     latency_bias: float = 0.0
     """The most that an expert on a slow or overloaded server loses in the selection, in units of the logits; 0: off.
     What it does depends on the network, so no two runs with it are alike."""
+
+    def __post_init__(self) -> None:
+        for name in ("balance_loss", "z_loss", "jitter", "capacity_factor", "eval_capacity_factor",
+                     "bias_update_rate", "latency_bias"):  # fmt: skip
+            if not 0 <= getattr(self, name) < math.inf:  # false of a NaN
+                raise ValueError(f"router.{name}={getattr(self, name)} must be a number, and not negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +88,9 @@ class ModelConfig:
                      "n_experts", "d_ff_expert"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("rope_theta", "rms_eps", "init_std"):
+            if not 0 <= getattr(self, name) < math.inf:  # false of a NaN
+                raise ValueError(f"{name}={getattr(self, name)} must be a number, and not negative")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if not 1 <= self.router.experts_per_token <= self.n_experts:

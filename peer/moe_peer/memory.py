@@ -28,7 +28,10 @@ def find_device(asked: str | None) -> str:
     n_devices = torch.cuda.device_count()
     if asked is None:
         return "cuda" if n_devices else "cpu"
-    device = torch.device(asked)
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ValueError(f"device={asked!r}: {error}") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= n_devices):
         raise ValueError(f"device={asked!r}: there are {n_devices} CUDA devices here, and the CPU")
     return asked

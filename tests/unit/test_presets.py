@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+from typing import Any
 
 import pytest
 import torch
 
+from moe_net.config import RunConfig
 from moe_net.model.config import PRESETS, ModelConfig, RouterConfig, preset
 from moe_net.model.local_moe import LocalMoE
 from moe_net.model.transformer import Transformer
+from moe_net.optim import OptimizerConfig
 
 # Total and active parameters, in millions: the figures of the comments in `model/config.py`.
 STATED = {
@@ -97,8 +102,29 @@ def test_a_model_that_cannot_work_is_refused(changes: dict[str, object], message
         ({"n_layers": 0}, "n_layers must be at least 1"),
         ({"seq_len": -1}, "seq_len must be at least 1"),
         ({"n_layers": 2, "moe_every": 3}, "none of the n_layers=2 blocks has experts"),
+        ({"init_std": math.nan}, "init_std=nan"),
+        ({"rms_eps": -1e-6}, "rms_eps=-1e-06"),
     ],
 )
 def test_a_model_that_cannot_exist_is_refused(wrong: dict[str, int], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ModelConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "complaint"),
+    [
+        (OptimizerConfig, {"learning_rate": math.nan}, "learning_rate=nan"),
+        (OptimizerConfig, {"weight_decay": math.inf}, "weight_decay=inf"),
+        (OptimizerConfig, {"beta1": 1.0}, "beta1=1.0"),
+        (RouterConfig, {"balance_loss": math.nan}, "balance_loss=nan"),
+        (RouterConfig, {"capacity_factor": -1.0}, "capacity_factor=-1.0"),
+        (RunConfig, {"seed": -1}, "seed=-1"),
+        (RunConfig, {"record_ttl_s": math.nan}, "record_ttl_s"),
+    ],
+)
+def test_what_is_no_number_or_out_of_range_is_refused_by_name(
+    kind: type[Any], wrong: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        kind(**wrong)

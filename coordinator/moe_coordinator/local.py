@@ -27,6 +27,7 @@ from moe_coordinator.faults import FaultPlan
 from moe_coordinator.laboratory import Laboratory
 from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supervisor, describe_exit
 from moe_net.config import RunConfig
+from moe_net.folder import alone_in
 from moe_net.signals import STOP, on_signals
 
 COORDINATOR = (sys.executable, "-m", "moe_coordinator.cli", "serve")
@@ -41,9 +42,9 @@ def main(options: LocalOptions) -> int:
     specs = deal_experts(run.model, peers=options.peers, replicas=options.replicas)
     if options.resume:
         newest_checkpoint(options.resume)  # a folder without one is refused before anything starts
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / RUN_FILE).write_text(to_toml(run))
-    return uvloop.run(LocalSwarm(options, run, specs, faults).run())
+    with alone_in(options.out):
+        (options.out / RUN_FILE).write_text(to_toml(run))
+        return uvloop.run(LocalSwarm(options, run, specs, faults).run())
 
 
 def coordinator_spec(options: LocalOptions) -> ChildSpec:

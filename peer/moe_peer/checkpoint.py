@@ -60,9 +60,30 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     experts: dict[str, Tensor],
 ) -> Path:
-    """Write `folder/step-N`, whole or not at all; returns its path. `experts` may lack those nobody answered for."""
+    """Write `folder/step-N`, whole or not at all; returns its path. `experts` may lack those nobody answered for.
+
+    CheckpointError when it cannot be written (a full disk).
+    """
     final = folder / f"step-{meta.step:08d}"
     partial = folder / f".{final.name}.partial"
+    try:
+        _write(partial, meta, model, optimizer, experts)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{final} cannot be written: {error}") from error
+    return final
+
+
+def _write(
+    partial: Path,
+    meta: CheckpointMeta,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    experts: dict[str, Tensor],
+) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "experts").mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in _trunk(model).items()}, partial / "trunk.safetensors")
@@ -85,10 +106,6 @@ def save_checkpoint(
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     for path in [*files, partial / "state.json"]:
         _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    _flush(folder)
-    return final
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -23,7 +23,8 @@ from moe_net.data.batches import Batches, BatchId, IdsBatch, eval_batches
 from moe_net.data.corpus import Corpus, join, load_corpus
 from moe_net.data.ngram import BigramModel
 from moe_net.data.tokenizer import BpeTokenizer, ByteTokenizer, Ids, Tokenizer, load_tokenizer
-from moe_net.errors import NoLiveExpertsError, TooManyDropsError
+from moe_net.errors import CheckpointError, NoLiveExpertsError, TooManyDropsError
+from moe_net.folder import alone_in
 from moe_net.model.generate import generate
 from moe_net.rpc.policy import CallPolicy, DropWindow
 from moe_net.rpc.swarm import SwarmStats
@@ -143,6 +144,8 @@ class _Session:
     drops: DropWindow
     last_checkpoint: Path | None
     """The newest one of this training: that it was resumed from, then each that it made."""
+    saved_step: int
+    """Steps that are in it; 0 without one."""
 
     def note(self, record: Record) -> None:
         self.records.append(record)
@@ -281,7 +284,29 @@ class _Session:
         self.last_checkpoint = save_checkpoint(
             self.config.out / "checkpoints", meta, self.trainer.model, self.trainer.optimizer, experts
         )
+        self.saved_step = meta.step
         return self.last_checkpoint
+
+    def checkpoint_on_the_way(self) -> None:
+        """As `checkpoint`; a disk that is full is no reason to stop learning."""
+        try:
+            self.checkpoint()
+        except CheckpointError as error:
+            self.faults.append(FaultEvent(what="checkpoint_failed", action="going_on", detail=str(error)))
+            self.note_faults()
+
+    def keep(self) -> None:
+        """At an end before its time: what was learned since the last checkpoint, and the report."""
+        if self.trainer.step > self.saved_step:
+            self.checkpoint_on_the_way()
+            self.report()
+
+    def report(self) -> None:
+        """Files and tables of the whole training."""
+        report = write_report(
+            self.records, self.config.out, title=self.run.name, bigram_nats_per_byte=self.text.bigram_nats_per_byte
+        )
+        print(report.summary, file=sys.stderr)
 
     def sample(self) -> str:
         """The model's own writing, from a fixed beginning and a fixed seed."""
@@ -310,6 +335,7 @@ def run_train(config: TrainConfig) -> int:
     faults: list[FaultEvent] = []
     with _Stop().installed() as stop, ExitStack() as stack:
         try:
+            stack.enter_context(alone_in(config.out))
             member = stack.enter_context(
                 join_run(
                     config.join, name=config.run, trainer=f"trainer-{config.trainer_index}", policy=_policy(config),
@@ -368,7 +394,7 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop
         config=config, run=run, text=text, member=member, trainer=trainer, metrics=metrics, display=display,
         stop=stop, faults=faults, records=list(metrics.kept),
         drops=DropWindow(max_fraction=config.max_dropped_fraction, length=config.drop_window_steps),
-        last_checkpoint=resumed,
+        last_checkpoint=resumed, saved_step=trainer.step,
     )  # fmt: skip
 
 
@@ -418,18 +444,19 @@ def _train(session: _Session) -> None:
             if trainer.step % config.eval_every == 0 and trainer.step < config.steps:
                 session.evaluate()
             if config.checkpoint_every and trainer.step % config.checkpoint_every == 0 and trainer.step < config.steps:
-                session.checkpoint()
+                session.checkpoint_on_the_way()
         train_s = time.monotonic() - started_s
         final = session.evaluate()
         checkpoint = session.checkpoint()
+    except (NoLiveExpertsError, TooManyDropsError):  # the trunk is here, and has learned
+        session.note_faults()
+        session.keep()
+        raise
     finally:
         session.note_faults()  # above all when they end the training
     stop.in_steps = False
     sample = session.sample()
-    report = write_report(
-        session.records, config.out, title=session.run.name, bigram_nats_per_byte=session.text.bigram_nats_per_byte
-    )
-    print(report.summary, file=sys.stderr)
+    session.report()
     tokens = (trainer.step - first_step) * config.sequences * session.run.model.seq_len
     done = {
         "event": "done",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,22 @@ def test_damage_and_half_written_checkpoints_are_noticed(tmp_path: Path) -> None
     assert read_meta(path).step == 1
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         newest_checkpoint(tmp_path / "nothing")
+
+
+def test_a_full_disk_leaves_the_checkpoint_of_before_and_no_half_of_a_new_one(tmp_path: Path) -> None:
+    with remote_link(RUN, n_peers=1) as (link, _):
+        trainer = make_trainer(RUN, link)
+        first = save(trainer, link, tmp_path)
+        trainer.train_step()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # no file of this process can be longer
+        try:
+            with pytest.raises(CheckpointError, match="step-00000001 cannot be written"):
+                save(trainer, link, tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert newest_checkpoint(tmp_path) == first
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
 
 
 def test_a_training_anew_is_never_resumed_from_its_predecessor(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from processes import READY_S, RUN, SEQ_LEN, SEQUENCES, peer_spec, start_coordinator, trainer_spec
 
 from moe_coordinator.supervisor import Child, Supervisor
-from moe_peer.checkpoint import load_experts_of, versions_of
+from moe_peer.checkpoint import load_experts_of, newest_checkpoint, read_meta, versions_of
 from moe_peer.metrics import EvalMetrics, Event, StepMetrics, read_metrics
 
 
@@ -109,6 +109,26 @@ async def test_a_trainer_left_without_experts_waits_for_the_next_peer(tmp_path: 
     records = read_metrics(out / "metrics.jsonl")
     assert [r.step for r in records if isinstance(r, StepMetrics)] == list(range(12))
     assert {"peer_suspended", "no_live_experts"} <= {r.what for r in records if isinstance(r, Event)}
+
+
+async def test_what_a_trainer_has_learned_is_kept_when_its_last_peer_does_not_come_back(tmp_path: Path) -> None:
+    children: dict[str, Child] = {}
+
+    def on_event(child: Child, event: dict[str, object]) -> None:
+        if child.name == "trainer" and event["event"] == "step" and event["step"] == 4:
+            children["only"].kill()
+
+    out = tmp_path / "out"
+    async with Supervisor(tmp_path / "logs", on_event=on_event) as supervisor:
+        _, join = await start_coordinator(supervisor, tmp_path)
+        children["only"] = await supervisor.start(peer_spec("only", join))
+        await children["only"].ready(READY_S)
+        settings = ("--checkpoint-every", "0", "--wait-s", "1")
+        trainer = await supervisor.start(trainer_spec(join, out, 50, *settings))
+        assert await trainer.wait() == 1, trainer.report("ended otherwise")
+    made = [r.step for r in read_metrics(out / "metrics.jsonl") if isinstance(r, StepMetrics)]
+    assert read_meta(newest_checkpoint(out / "checkpoints")).step == made[-1] + 1 >= 5
+    assert (out / "loss.png").exists()
 
 
 async def test_a_run_is_stopped_and_resumed_by_new_processes_with_the_same_losses(tmp_path: Path) -> None:

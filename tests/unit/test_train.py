@@ -49,7 +49,7 @@ def session(folder: Path, **settings: Any) -> Iterator[tuple[train._Session, Exp
                 config=config, run=RUN, text=SimpleNamespace(tokenizer=ByteTokenizer()),  # type: ignore[arg-type]
                 member=SimpleNamespace(link=link, transport=transport),  # type: ignore[arg-type]
                 trainer=make_trainer(RUN, link), metrics=metrics, display=TrainDisplay("t", mode="off"),
-                stop=train._Stop(), faults=faults, records=[], drops=DropWindow(), last_checkpoint=None,
+                stop=train._Stop(), faults=faults, records=[], drops=DropWindow(), last_checkpoint=None, saved_step=0,
             ),
             host,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Discovery in hivemind's DHT, on the caller's event loop: the only file that imports hivemind (design, D1).
+"""Discovery in hivemind's DHT, on the caller's loop; with `guard` the only file that imports hivemind (design, D1).
 
 Freshness. All of hivemind's caches are off and a read merges what every replica has, by the latest expiry of each
 entry: a refresh replaces and a withdrawal hides a record as soon as one replica of the shard has it.
@@ -18,10 +18,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Coroutine, Sequence
-from functools import lru_cache
 from typing import Any, ClassVar, TypeVar, cast
 
 from moe_net.discovery import layout
+from moe_net.discovery.guard import Validator, limit_nesting
 from moe_net.discovery.layout import (
     MAX_MANIFEST_BYTES,
     RUNS_KEY,
@@ -41,18 +41,12 @@ with warnings.catch_warnings():
     from hivemind.dht.node import DHTNode
     from hivemind.dht.protocol import ValidationError
     from hivemind.dht.routing import DHTID
-    from hivemind.dht.validation import DHTRecord, RecordValidatorBase
     from hivemind.p2p import P2P, P2PDaemonError, PeerID
-    from hivemind.utils.logging import use_hivemind_log_handler
     from hivemind.utils.multiaddr import Multiaddr
 
-# hivemind's import renames the level WARNING, gives its loggers a handler of their own and cuts them off from ours.
-# Its INFO tells about every socket.
-use_hivemind_log_handler("nowhere")
-logging.addLevelName(logging.WARNING, "WARNING")
-logging.getLogger("hivemind").setLevel(logging.WARNING)
-
 log = logging.getLogger(__name__)
+
+limit_nesting()
 
 T = TypeVar("T")
 
@@ -63,39 +57,6 @@ BEAM = 10
 # An AF_UNIX path has at most 107 bytes; the daemon's file names take up to 32.
 _MAX_SOCKET_DIR_BYTES = 70
 _SHUTDOWN_TIMEOUT_S = 5.0
-
-
-class _Validator(RecordValidatorBase):
-    """What this node keeps for others and believes from them.
-
-    hivemind drops a whole dictionary that has one invalid entry, so an entry that pretends nothing (no peer's
-    subkey) is let through here and skipped by the reader. Values that do not unpack are refused for every key:
-    hivemind's search never ends after meeting one.
-    """
-
-    def __init__(self, shards: int) -> None:
-        self._shards = shards
-        self._own_keys = frozenset[bytes]()
-
-    def guard(self, run: str) -> None:
-        """Refuse plain values at the run's keys: one with a late expiry would wipe a dictionary."""
-        self._own_keys = frozenset(_key_bytes(shard_key(run, shard)) for shard in range(self._shards))
-
-    def validate(self, record: DHTRecord) -> bool:
-        try:
-            subkey, value = layout.unpack(record.subkey), layout.unpack(record.value)
-            home = layout.home_of_entry(subkey, value, record.expiration_time, self._shards)
-        except (ValueError, RecordError) as error:
-            log.debug("refused an entry: %s", error)
-            return False
-        if home is not None:
-            return record.key == _key_bytes(home)
-        return subkey is not None or record.key not in self._own_keys
-
-
-@lru_cache(maxsize=1024)
-def _key_bytes(key: str) -> bytes:
-    return DHTID.generate(key).to_bytes()
 
 
 class _Daemon(P2P):
@@ -192,7 +153,7 @@ class DhtDiscovery:
     """A member of a run's DHT. Make it with `create`; `close` it, or use it as an async context manager."""
 
     def __init__(
-        self, daemon: _Daemon, node: DHTNode, validator: _Validator, directory: str, members: Sequence[PeerID],
+        self, daemon: _Daemon, node: DHTNode, validator: Validator, directory: str, members: Sequence[PeerID],
         *, run: str | None, shards: int, addresses: tuple[str, ...], client_mode: bool, timeout_s: float,
     ) -> None:  # fmt: skip
         """Use `create`."""
@@ -237,7 +198,7 @@ class DhtDiscovery:
             raise ValueError("a client keeps nothing and needs a member to join: give the address of one")
         members = [_peer_in(address) for address in join]
         directory = _socket_directory()
-        validator = _Validator(shards)
+        validator = Validator(shards)
         if run is not None:
             validator.guard(run)
         daemon: _Daemon | None = None

@@ -29,6 +29,9 @@ MAX_MANIFEST_BYTES = 256 * 1024
 _PEER_PREFIX = "peer:"
 # hivemind's msgpack extension for a tuple; the only one that members need to understand.
 _TUPLE_EXTENSION = 0x40
+MAX_NESTING = 8
+"""Extensions within one another; nothing of ours has one. Each takes some 20 KiB of the C stack to unpack, and a
+stack that overflows is no exception but the end of the process."""
 
 
 def shard_of(peer_id: str, shards: int) -> int:
@@ -52,12 +55,20 @@ def peer_subkey(peer_id: str) -> str:
 
 
 def unpack(data: bytes) -> Any:
-    """Plain msgpack (and hivemind's tuples); ValueError for everything else."""
+    """Plain msgpack (and hivemind's tuples, `MAX_NESTING` within one another at most); ValueError for all else."""
+    depth = 0
 
     def extension(code: int, payload: bytes) -> Any:
+        nonlocal depth
         if code != _TUPLE_EXTENSION:
             raise ValueError(f"msgpack extension {code}")
-        return tuple(msgpack.unpackb(payload, ext_hook=extension, raw=False))
+        if depth == MAX_NESTING:
+            raise ValueError(f"more than {MAX_NESTING} msgpack extensions within one another")
+        depth += 1
+        # An error ends it all, so only success has to count down.
+        unpacked = tuple(msgpack.unpackb(payload, ext_hook=extension, raw=False))
+        depth -= 1
+        return unpacked
 
     try:
         return msgpack.unpackb(data, ext_hook=extension, raw=False)

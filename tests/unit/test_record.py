@@ -8,6 +8,7 @@ import stat
 from itertools import pairwise
 from pathlib import Path
 
+import msgpack
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_net.discovery.layout import (
+    MAX_NESTING,
     home_of_entry,
     peer_subkey,
     read_entries,
@@ -276,3 +278,15 @@ def test_shards_are_within_their_number(n: int, peer_id: str) -> None:
 def test_unpacking_junk_raises_nothing_but_value_error(data: bytes) -> None:
     with contextlib.suppress(ValueError):
         unpack(data)
+
+
+def test_tuples_in_tuples_are_refused_beyond_a_depth() -> None:
+    data = msgpack.packb([1])
+    for _ in range(MAX_NESTING):
+        data = msgpack.packb([msgpack.ExtType(0x40, data)])
+    # Siblings are not within one another.
+    value = unpack(msgpack.packb([msgpack.ExtType(0x40, msgpack.packb([i])) for i in range(3 * MAX_NESTING)]))
+    assert value == [(i,) for i in range(3 * MAX_NESTING)]
+    assert str(unpack(data)).count("(") == MAX_NESTING
+    with pytest.raises(ValueError, match="within one another"):
+        unpack(msgpack.packb([msgpack.ExtType(0x40, data)]))

@@ -17,11 +17,12 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
+from contextvars import ContextVar
 from typing import Any, ClassVar, TypeVar, cast
 
 from moe_net.discovery import layout
-from moe_net.discovery.guard import Validator, limit_nesting
+from moe_net.discovery.guard import NoCache, Store, Validator, limit_nesting
 from moe_net.discovery.layout import (
     MAX_MANIFEST_BYTES,
     RUNS_KEY,
@@ -31,7 +32,7 @@ from moe_net.discovery.layout import (
     shard_key,
     shard_of,
 )
-from moe_net.discovery.record import check, open_record, run_fault
+from moe_net.discovery.record import MAX_LIFETIME_S, check, open_record, run_fault
 from moe_net.errors import DiscoveryError, JoinError, RecordError
 from moe_net.types import PeerInfo
 
@@ -105,6 +106,21 @@ class _Daemon(P2P):
                 self._child.kill()
 
 
+# The keys of one read of which another node has said what it has, or that it has nothing.
+_answered: ContextVar[set[DHTID] | None] = ContextVar("answered", default=None)
+
+
+class _Node(DHTNode):
+    """hivemind's node, which tells what nobody has from what nobody could tell: to hivemind it is the same."""
+
+    async def _call_find_with_blacklist(self, peer_id: PeerID, keys: Collection[DHTID]) -> Any:
+        answers = await super()._call_find_with_blacklist(peer_id, keys)
+        answered = _answered.get()
+        if answers and answered is not None:
+            answered.update(answers)
+        return answers
+
+
 async def _start_daemon(
     directory: str, join: Sequence[str], listen: str, client_mode: bool, timeout_s: float
 ) -> _Daemon:
@@ -170,6 +186,7 @@ class DhtDiscovery:
         self._running: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
         self._junk: frozenset[str] = frozenset()
+        self._was_mute = False
 
     @classmethod
     async def create(
@@ -205,7 +222,7 @@ class DhtDiscovery:
         try:
             async with asyncio.timeout(join_timeout_s):
                 daemon = await _start_daemon(directory, join, listen, client_mode, join_timeout_s)
-                node = await DHTNode.create(
+                node = await _Node.create(
                     p2p=daemon,
                     num_replicas=replicas,
                     client_mode=client_mode,
@@ -216,6 +233,8 @@ class DhtDiscovery:
                     cache_refresh_before_expiry=0,
                     reuse_get_requests=False,
                 )
+                # Nobody knows us yet.
+                node.protocol.storage, node.protocol.cache = Store(validator), NoCache()
                 if members and not await _greet(node, members):
                     raise JoinError("they did not answer in the DHT's protocol")
                 addresses = () if client_mode else tuple(str(a) for a in await daemon.get_visible_maddrs())
@@ -252,12 +271,19 @@ class DhtDiscovery:
         await self._store([(key, peer_subkey(peer_id), record, expires_at_s)])
 
     async def peers(self) -> tuple[PeerInfo, ...]:
-        """Every live peer of the run whose record verifies, sorted by peer id. DiscoveryError when nobody answers."""
+        """Every live peer of the run whose record verifies, sorted by peer id.
+
+        DiscoveryError when nobody answers, or when nobody is found and not every shard could be read.
+        """
         run = self._require_run()
         await self._ensure_connected()
         found: list[PeerInfo] = []
         junk: set[str] = set()
-        shelves = await self._get([shard_key(run, shard) for shard in range(self._shards)])
+        keys = [shard_key(run, shard) for shard in range(self._shards)]
+        _answered.set(answered := set())
+        shelves = await self._get(keys)
+        # Whoever began a DHT may be alone in it, and its own store is all there is.
+        mute = [k for k in keys if shelves[k] is None and DHTID.generate(k) not in answered] if self._members else []
         now_s = time.time()
         for key, shelf in shelves.items():
             entries = layout.live_entries(shelf, now_s)
@@ -270,11 +296,22 @@ class DhtDiscovery:
         if junk - self._junk:
             log.warning("skipped %d entries of the DHT, among them: %s", len(junk), "; ".join(sorted(junk)[:3]))
         self._junk = frozenset(junk)
+        if mute:
+            unread = f"nobody could tell what is in {len(mute)} of the directory's {len(keys)} shards"
+            if not found:
+                raise DiscoveryError(unread)
+            log.log(logging.DEBUG if self._was_mute else logging.WARNING, "%s: their peers are missing", unread)
+        self._was_mute = bool(mute)
         return tuple(sorted(found, key=lambda peer: peer.peer_id))
 
     async def put_manifest(self, manifest_json: str, *, expires_at_s: float) -> None:
-        """Publish the run's manifest and list the run. ValueError when it has more than `MAX_MANIFEST_BYTES`."""
+        """Publish the run's manifest and list the run.
+
+        ValueError when it has more than `MAX_MANIFEST_BYTES` or would live longer than `MAX_LIFETIME_S`.
+        """
         run = self._require_run()
+        if layout.lasts_too_long(expires_at_s, time.time()):
+            raise ValueError(f"the manifest would live longer than {MAX_LIFETIME_S:.0f} s: no member would keep it")
         if len(manifest_json.encode()) > MAX_MANIFEST_BYTES:
             raise ValueError(f"the manifest has more than {MAX_MANIFEST_BYTES} bytes")
         entries = [(manifest_key(run), None, manifest_json, expires_at_s), (RUNS_KEY, run, True, expires_at_s)]

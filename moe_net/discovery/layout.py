@@ -8,12 +8,13 @@ at most); a key per expert would take a look-up for each. `benchmarks/discovery.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgpack
 
-from moe_net.discovery.record import open_record, verify
+from moe_net.discovery.record import MAX_LIFETIME_S, MAX_RECORD_BYTES, MAX_RUN_CHARS, open_record, run_fault, verify
 from moe_net.errors import RecordError
 from moe_net.types import PeerInfo
 
@@ -26,9 +27,21 @@ square root of the number of keys at once, so an answer has four shards and stay
 RUNS_KEY = "moe-net/runs"
 """Dictionary of the names of the runs in this DHT."""
 MAX_MANIFEST_BYTES = 256 * 1024
+CLOCK_SLACK_S = 30.0
+"""An entry may expire so much after the latest expiry there is: hivemind lets members' clocks differ by 3 s."""
+# msgpack's head of a text or of bytes.
+_HEAD_BYTES = 5
+# An answer's share of the libp2p daemon's 4 MiB; the rest is for the addresses that come with it.
+_MAX_ANSWER_BYTES = 3840 * 1024
+# The longest is a run's, of 128 characters.
+_MAX_NAME_BYTES = _HEAD_BYTES + 4 * MAX_RUN_CHARS
+# Packed, an entry has an expiry and a few heads beside its name and its value.
+_ENTRY_BYTES = 24
 _PEER_PREFIX = "peer:"
 # hivemind's msgpack extension for a tuple; the only one that members need to understand.
 _TUPLE_EXTENSION = 0x40
+_NO_SUBKEY = msgpack.packb(None)
+_PACKED_TRUE = msgpack.packb(True)
 MAX_NESTING = 8
 """Extensions within one another; nothing of ours has one. Each takes some 20 KiB of the C stack to unpack, and a
 stack that overflows is no exception but the end of the process."""
@@ -92,6 +105,39 @@ def home_of_entry(subkey: object, value: object, expires_at_s: float, shards: in
     if record.expires_at_s != expires_at_s:
         raise RecordError(f"forged record of peer {record.peer_id}: filed with another expiry than it has")
     return shard_key(record.run, shard_of(record.peer_id, shards))
+
+
+def size_fault(subkey: bytes, value: bytes) -> str | None:
+    """Why a packed entry is larger than any of ours; None when it is not. A plain value's subkey is a packed None."""
+    most = _HEAD_BYTES + (MAX_MANIFEST_BYTES if subkey == _NO_SUBKEY else MAX_RECORD_BYTES)
+    if len(value) > most:
+        return f"an entry of {len(value)} bytes, more than {most}"
+    return f"a name of {len(subkey)} bytes, more than {_MAX_NAME_BYTES}" if len(subkey) > _MAX_NAME_BYTES else None
+
+
+def lasts_too_long(expires_at_s: float, now_s: float, slack_s: float = CLOCK_SLACK_S) -> bool:
+    """Whether an entry expires later than any of ours may; also when its expiry is no number."""
+    return not expires_at_s <= now_s + MAX_LIFETIME_S + slack_s
+
+
+def is_run_entry(subkey: object, value: bytes) -> bool:
+    """Whether an entry (its value packed) belongs into the list of runs."""
+    return isinstance(subkey, str) and run_fault(subkey) is None and value == _PACKED_TRUE
+
+
+def is_peer_subkey(subkey: object) -> bool:
+    """Whether an entry pretends to be a peer's record."""
+    return isinstance(subkey, str) and subkey.startswith(_PEER_PREFIX)
+
+
+def entry_bytes(subkey: str, value: bytes) -> int:
+    """What an entry adds to a packed dictionary, at most."""
+    return len(subkey.encode()) + len(value) + _ENTRY_BYTES
+
+
+def max_shelf_bytes(shards: int) -> int:
+    """Bytes of one dictionary such that as many as hivemind asks for at once fit into one message."""
+    return _MAX_ANSWER_BYTES // max(1, math.isqrt(shards))
 
 
 def read_entries(

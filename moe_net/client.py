@@ -138,8 +138,9 @@ async def _join(
     run = known or await _manifest_from_dht(discovery, name, wait_s)
     if name is not None and run.name != name:
         raise JoinError(f"{', '.join(addresses)} belongs to run {run.name!r}, not {name!r}")
-    directory = await stack.enter_async_context(DirectoryWatcher(discovery, interval_s=run.record_ttl_s / 6))
     wanted = frozenset(run.model.expert_ids)
+    watcher = DirectoryWatcher(discovery, experts=wanted, interval_s=run.record_ttl_s / 6)
+    directory = await stack.enter_async_context(watcher)
     try:
         await directory.wait_for(lambda view: wanted <= view.experts, wait_s)
     except TimeoutError:

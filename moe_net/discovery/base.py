@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from moe_net.discovery.crowd import RunExperts
 from moe_net.types import PeerInfo
 
 
@@ -14,8 +15,12 @@ class Discovery(Protocol):
         """Publish (or refresh) a peer's own signed record; a later `expires_at_s` replaces an earlier one."""
         ...
 
-    async def peers(self) -> tuple[PeerInfo, ...]:
-        """Every live peer of the run whose record verifies, sorted by peer id. Does network I/O: never in a step."""
+    async def peers(self, experts: RunExperts | None = None) -> tuple[PeerInfo, ...]:
+        """Every live peer of the run whose record verifies, sorted by peer id. Does network I/O: never in a step.
+
+        With the run's `experts` a peer has those of them that it claims, and who claims none is left out: give them
+        as soon as they are known, for strangers claim what there is not. Bounded by what `crowd` allows.
+        """
         ...
 
     async def put_manifest(self, manifest_json: str, *, expires_at_s: float) -> None:

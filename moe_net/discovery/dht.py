@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from typing import Any, ClassVar, TypeVar, cast
 
 from moe_net.discovery import layout
+from moe_net.discovery.crowd import Crowd, RunExperts
 from moe_net.discovery.guard import NoCache, Store, Validator, limit_nesting
 from moe_net.discovery.layout import (
     MAX_MANIFEST_BYTES,
@@ -32,7 +33,7 @@ from moe_net.discovery.layout import (
     shard_key,
     shard_of,
 )
-from moe_net.discovery.record import MAX_LIFETIME_S, check, open_record, run_fault
+from moe_net.discovery.record import MAX_LIFETIME_S, Record, check, open_record, run_fault
 from moe_net.errors import DiscoveryError, JoinError, RecordError
 from moe_net.types import PeerInfo
 
@@ -186,7 +187,8 @@ class DhtDiscovery:
         self._running: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
         self._junk: frozenset[str] = frozenset()
-        self._was_mute = False
+        self._was_mute = self._was_crowded = False
+        self._crowd = Crowd()
 
     @classmethod
     async def create(
@@ -270,14 +272,14 @@ class DhtDiscovery:
         key = shard_key(opened.run, shard_of(peer_id, self._shards))
         await self._store([(key, peer_subkey(peer_id), record, expires_at_s)])
 
-    async def peers(self) -> tuple[PeerInfo, ...]:
-        """Every live peer of the run whose record verifies, sorted by peer id.
+    async def peers(self, experts: RunExperts | None = None) -> tuple[PeerInfo, ...]:
+        """Every live peer of the run whose record verifies and names any of `experts`, sorted by peer id.
 
         DiscoveryError when nobody answers, or when nobody is found and not every shard could be read.
         """
         run = self._require_run()
         await self._ensure_connected()
-        found: list[PeerInfo] = []
+        found: list[Record] = []
         junk: set[str] = set()
         keys = [shard_key(run, shard) for shard in range(self._shards)]
         _answered.set(answered := set())
@@ -290,8 +292,8 @@ class DhtDiscovery:
             if entries is None:
                 junk |= set() if shelf is None else {f"a plain value at {key}"}
                 continue
-            peers, wrong = layout.read_entries(entries.items(), run=run, now_s=now_s)
-            found += peers
+            records, wrong = layout.read_entries(entries.items(), run=run, now_s=now_s)
+            found += records
             junk |= set(wrong)
         if junk - self._junk:
             log.warning("skipped %d entries of the DHT, among them: %s", len(junk), "; ".join(sorted(junk)[:3]))
@@ -302,7 +304,11 @@ class DhtDiscovery:
                 raise DiscoveryError(unread)
             log.log(logging.DEBUG if self._was_mute else logging.WARNING, "%s: their peers are missing", unread)
         self._was_mute = bool(mute)
-        return tuple(sorted(found, key=lambda peer: peer.peer_id))
+        peers, left_out = self._crowd.peers(found, experts)
+        if left_out and not self._was_crowded:
+            log.warning("left out %d of %d peers: they claim more than a view may have", left_out, len(found))
+        self._was_crowded = left_out > 0
+        return tuple(peers)
 
     async def put_manifest(self, manifest_json: str, *, expires_at_s: float) -> None:
         """Publish the run's manifest and list the run.

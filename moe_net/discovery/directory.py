@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from moe_net.discovery.base import Discovery
+from moe_net.discovery.crowd import RunExperts
 from moe_net.errors import MoeNetError
 from moe_net.placement.view import View
+from moe_net.types import ExpertId
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +24,14 @@ class DirectoryWatcher:
     """
 
     def __init__(
-        self, discovery: Discovery, *, interval_s: float = 5.0, on_view: Callable[[View], None] | None = None
+        self,
+        discovery: Discovery,
+        *,
+        experts: Iterable[ExpertId] | None = None,
+        interval_s: float = 5.0,
+        on_view: Callable[[View], None] | None = None,
     ) -> None:
+        """`experts`: those of the run; the view has no others, whatever a record claims."""
         if interval_s <= 0:
             raise ValueError(f"interval_s={interval_s} must be positive")
         self.refreshes = 0
@@ -33,6 +41,7 @@ class DirectoryWatcher:
         self.failures_in_a_row = 0
         """Of those, since the last view."""
         self._discovery = discovery
+        self._experts = None if experts is None else RunExperts(experts)
         self._interval_s = interval_s
         self._on_view = on_view
         self._view = View(())
@@ -82,7 +91,7 @@ class DirectoryWatcher:
 
     async def _refresh(self) -> None:
         try:
-            view = View(await self._discovery.peers())
+            view = View(await self._discovery.peers(self._experts))
         except (MoeNetError, OSError, TimeoutError) as error:
             self.failures += 1
             self.failures_in_a_row += 1

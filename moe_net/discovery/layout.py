@@ -14,9 +14,16 @@ from typing import Any
 
 import msgpack
 
-from moe_net.discovery.record import MAX_LIFETIME_S, MAX_RECORD_BYTES, MAX_RUN_CHARS, open_record, run_fault, verify
+from moe_net.discovery.record import (
+    MAX_LIFETIME_S,
+    MAX_RECORD_BYTES,
+    MAX_RUN_CHARS,
+    Record,
+    check,
+    open_record,
+    run_fault,
+)
 from moe_net.errors import RecordError
-from moe_net.types import PeerInfo
 
 SHARDS = 16
 """Dictionaries of a run's records; every member must use the same number.
@@ -140,24 +147,23 @@ def max_shelf_bytes(shards: int) -> int:
     return _MAX_ANSWER_BYTES // max(1, math.isqrt(shards))
 
 
-def read_entries(
-    entries: Iterable[tuple[object, object]], *, run: str, now_s: float
-) -> tuple[list[PeerInfo], list[str]]:
-    """The live peers among (subkey, value) entries, and for each entry that is junk what is wrong with it."""
-    peers: list[PeerInfo] = []
+def read_entries(entries: Iterable[tuple[object, object]], *, run: str, now_s: float) -> tuple[list[Record], list[str]]:
+    """The records of live peers among (subkey, value) entries, and for each that is junk what is wrong with it."""
+    records: list[Record] = []
     junk: list[str] = []
     for subkey, value in entries:
         if not (isinstance(subkey, str) and subkey.startswith(_PEER_PREFIX) and isinstance(value, bytes)):
             junk.append(f"{str(subkey)[:80]!r} is no peer's record")
             continue
         try:
-            said = verify(value, run=run, now_s=now_s, peer_id=subkey.removeprefix(_PEER_PREFIX))
+            record = open_record(value)
+            check(record, run=run, now_s=now_s, peer_id=subkey.removeprefix(_PEER_PREFIX))
         except RecordError as error:
             junk.append(str(error))
             continue
-        if isinstance(said, PeerInfo):
-            peers.append(said)
-    return peers, junk
+        if not record.withdrawn:
+            records.append(record)
+    return records, junk
 
 
 def fit_manifest(value: object) -> str | None:

@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from moe_net.discovery.record import check, open_record, verify
+from moe_net.discovery.crowd import Crowd, RunExperts
+from moe_net.discovery.record import Record, check, open_record
 from moe_net.errors import RecordError
 from moe_net.types import PeerInfo
 
@@ -35,6 +36,7 @@ class MemoryDiscovery:
     def __init__(self, registry: MemoryRegistry, *, run: str) -> None:
         self.run = run
         self._registry = registry
+        self._crowd = Crowd()
 
     async def announce(self, record: bytes, *, peer_id: str, expires_at_s: float) -> None:
         """Publish a record; RecordError when it would not be accepted by anybody."""
@@ -44,22 +46,23 @@ class MemoryDiscovery:
             raise RecordError(f"record of peer {peer_id} expires at {opened.expires_at_s}, not at {expires_at_s}")
         self._registry.put(self.run, peer_id, record, expires_at_s)
 
-    async def peers(self) -> tuple[PeerInfo, ...]:
-        """Every live peer of the run whose record verifies, sorted by peer id."""
+    async def peers(self, experts: RunExperts | None = None) -> tuple[PeerInfo, ...]:
+        """Every live peer of the run whose record verifies and names any of `experts`, sorted by peer id."""
         now_s = self._registry.clock_s()
         shelf = self._registry.records.get(self.run, {})
         for peer_id in [p for p, (expires_at_s, _) in shelf.items() if expires_at_s <= now_s]:
             del shelf[peer_id]
-        found: list[PeerInfo] = []
+        found: list[Record] = []
         for peer_id, (_, record) in sorted(shelf.items()):
             try:
-                said = verify(record, run=self.run, now_s=now_s, peer_id=peer_id)
+                opened = open_record(record)
+                check(opened, run=self.run, now_s=now_s, peer_id=peer_id)
             except RecordError as error:
                 log.debug("skipped: %s", error)
                 continue
-            if isinstance(said, PeerInfo):
-                found.append(said)
-        return tuple(found)
+            if not opened.withdrawn:
+                found.append(opened)
+        return tuple(self._crowd.peers(found, experts)[0])
 
     async def put_manifest(self, manifest_json: str, *, expires_at_s: float) -> None:
         """Publish the run's manifest."""

@@ -112,10 +112,26 @@ class Record:
     peer_id: str
     public_key: bytes
     address: str
-    experts: tuple[ExpertId, ...]
+    ranges: tuple[tuple[int, int, int], ...]
+    """(layer, first index, count) of the experts, ascending."""
     sequence: int
     expires_at_s: float
     withdrawn: bool
+
+    @property
+    def experts(self) -> tuple[ExpertId, ...]:
+        """All that it claims, up to `MAX_EXPERTS`; ascending."""
+        return tuple(ExpertId(layer, first + i) for layer, first, count in self.ranges for i in range(count))
+
+    def peer_info(self, experts: tuple[ExpertId, ...]) -> PeerInfo:
+        """The peer, with these of its experts."""
+        return PeerInfo(
+            peer_id=self.peer_id,
+            address=self.address,
+            experts=experts,
+            sequence=self.sequence,
+            expires_at_s=self.expires_at_s,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,15 +304,15 @@ def open_record(data: bytes) -> Record:
         peer_id=peer_id,
         public_key=message.public_key,
         address=message.address,
-        experts=tuple(ExpertId(layer, first + i) for layer, first, count in ranges for i in range(count)),
+        ranges=tuple(ranges),
         sequence=message.sequence,
         expires_at_s=message.expires_at_s,
         withdrawn=message.withdrawn,
     )
 
 
-def check(record: Record, *, run: str, now_s: float, peer_id: str | None = None) -> PeerInfo | Withdrawn:
-    """What an opened record says in `run` at Unix time `now_s`; RecordError when it says nothing there and then."""
+def check(record: Record, *, run: str, now_s: float, peer_id: str | None = None) -> None:
+    """RecordError when an opened record says nothing in `run` at Unix time `now_s`."""
     if peer_id is not None and record.peer_id != peer_id:
         raise RecordError(f"forged record: signed by peer {record.peer_id}, filed under {peer_id[:80]!r}")
     if record.run != run:
@@ -308,15 +324,6 @@ def check(record: Record, *, run: str, now_s: float, peer_id: str | None = None)
             f"record of peer {record.peer_id} expires in {record.expires_at_s - now_s:.0f} s, "
             f"more than {MAX_LIFETIME_S:.0f} s from now: is one of the two clocks wrong?"
         )
-    if record.withdrawn:
-        return Withdrawn(peer_id=record.peer_id, sequence=record.sequence, expires_at_s=record.expires_at_s)
-    return PeerInfo(
-        peer_id=record.peer_id,
-        address=record.address,
-        experts=record.experts,
-        sequence=record.sequence,
-        expires_at_s=record.expires_at_s,
-    )
 
 
 def verify(data: bytes, *, run: str, now_s: float, peer_id: str | None = None) -> PeerInfo | Withdrawn:
@@ -325,4 +332,8 @@ def verify(data: bytes, *, run: str, now_s: float, peer_id: str | None = None) -
     `peer_id`, when given, is whose record it must be. RecordError gives the reason: too large, malformed (also a
     bad address or absurd expert ranges), forged, of another run, expired, or too far in the future.
     """
-    return check(open_record(data), run=run, now_s=now_s, peer_id=peer_id)
+    record = open_record(data)
+    check(record, run=run, now_s=now_s, peer_id=peer_id)
+    if record.withdrawn:
+        return Withdrawn(peer_id=record.peer_id, sequence=record.sequence, expires_at_s=record.expires_at_s)
+    return record.peer_info(record.experts)

@@ -17,6 +17,7 @@ import uvloop
 from moe_net.client import make_banks
 from moe_net.config import RunConfig, from_json, to_json
 from moe_net.discovery.announcer import Announcer
+from moe_net.discovery.crowd import RunExperts
 from moe_net.discovery.dht import DhtDiscovery
 from moe_net.discovery.directory import DirectoryWatcher
 from moe_net.discovery.join import resolve_join
@@ -92,7 +93,8 @@ async def _serve(config: ServeConfig) -> None:
         host = await asyncio.to_thread(_make_host, config, run, experts)
         transport = GrpcTransport(run=run.name, shape=run.model.expert_shape)
         stack.push_async_callback(transport.close)
-        await _catch_up(config, host, View(await discovery.peers()), transport, identity)
+        there = await discovery.peers(RunExperts(run.model.expert_ids))
+        await _catch_up(config, host, View(there), transport, identity)
         server = await stack.enter_async_context(
             ExpertServer.serving(
                 host,
@@ -112,7 +114,7 @@ async def _serve(config: ServeConfig) -> None:
         )
         directory = None
         if config.share_gradients or config.exchange_every_s > 0:
-            directory = await stack.enter_async_context(DirectoryWatcher(discovery))
+            directory = await stack.enter_async_context(DirectoryWatcher(discovery, experts=run.model.expert_ids))
         if directory is not None and config.share_gradients:
             server.sharing.begin(transport.share, lambda: directory.view)
         if directory is not None and config.exchange_every_s > 0:
@@ -223,7 +225,7 @@ async def _choose_experts(
         )
         if capacity == 0:
             raise ValueError(f"half of the free memory does not hold one expert ({one_mib:.0f} MiB)")
-    view = View(await discovery.peers())
+    view = View(await discovery.peers(RunExperts(run.model.expert_ids)))
     chosen = assign(run.model.expert_ids, view, capacity, identity.peer_id)
     log.info("hosting %d of %d experts, %.0f MiB", len(chosen), len(run.model.expert_ids), len(chosen) * one_mib)
     return chosen

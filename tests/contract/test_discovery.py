@@ -22,6 +22,7 @@ import pytest
 from moe_net.discovery import dht as dht_module
 from moe_net.discovery.announcer import Announcer
 from moe_net.discovery.base import Discovery
+from moe_net.discovery.crowd import RunExperts
 from moe_net.discovery.dht import DhtDiscovery
 from moe_net.discovery.directory import DirectoryWatcher
 from moe_net.discovery.layout import RUNS_KEY, SHARDS, peer_subkey, shard_key, shard_of
@@ -239,6 +240,23 @@ async def test_several_peers_come_sorted_by_peer_id(swarm: Swarm) -> None:
     expected = sorted(identity.peer_id for identity in identities)
     for member in members:
         assert [p.peer_id for p in await member.peers()] == expected
+
+
+async def test_who_names_the_runs_experts_reads_no_others(swarm: Swarm) -> None:
+    one, other, claims = await swarm.join(), await swarm.join(), {}
+    for experts in ([ExpertId(60000, i) for i in range(8192)], [ExpertId(0, i) for i in range(100)], list(EXPERTS)):
+        identity, expires_at_s = Identity.generate(), time.time() + 30
+        claims[identity.peer_id] = experts
+        data = sign(identity, run=RUN, address="10.0.0.1:5", experts=experts, sequence=1, expires_at_s=expires_at_s)
+        await one.announce(data, peer_id=identity.peer_id, expires_at_s=expires_at_s)
+    assert {p.peer_id: list(p.experts) for p in await other.peers()} == claims
+    _, some, all_three = claims
+    there = await other.peers(RunExperts(EXPERTS))
+    assert {p.peer_id: p.experts for p in there} == {some: EXPERTS[:2], all_three: EXPERTS}
+    async with DirectoryWatcher(other, experts=EXPERTS, interval_s=30) as watcher:
+        view = await watcher.wait_for(lambda view: bool(view.peers), 5)
+    assert view.experts == set(EXPERTS)
+    assert list(view.peers) == sorted([some, all_three])
 
 
 async def test_close_may_be_called_again(swarm: Swarm) -> None:

@@ -15,6 +15,7 @@ from moe_coordinator.faults import Fault, FaultPlan
 from moe_net.config import RunConfig, load_toml, to_json
 from moe_net.discovery.listen import check_listen, dht_multiaddr
 from moe_net.discovery.manifest import MANIFEST_TTL_S
+from moe_net.discovery.record import MAX_LIFETIME_S
 from moe_net.model.config import PRESETS, ModelConfig
 from moe_net.optim import OptimizerConfig
 
@@ -40,8 +41,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         check_listen(self.listen)
         self.dht_multiaddr  # noqa: B018  a wrong one is found now
-        if not self.manifest_ttl_s > 0:
-            raise ValueError("manifest_ttl_s must be positive")
+        if not 0 < self.manifest_ttl_s <= MAX_LIFETIME_S:
+            raise ValueError(f"manifest_ttl_s={self.manifest_ttl_s} is not in (0, {MAX_LIFETIME_S:.0f}]")
 
     @property
     def dht_multiaddr(self) -> str:

@@ -127,6 +127,13 @@ async def test_an_answer_of_tuples_in_tuples_does_not_end_who_asked() -> None:
         assert await member.read_directory() == "peers 0"
 
 
+def test_a_dictionarys_own_limit_is_not_believed() -> None:
+    # hivemind compares it with a number when the answers are merged, and drops by it what others have.
+    for limit in ("many", 1, None):
+        data = msgpack.packb(msgpack.ExtType(0x50, msgpack.packb([limit, 1.0, [["a", b"", 1.0], ["b", b"", 1.0]]])))
+        assert MSGPackSerializer.loads(data).maxsize == math.inf
+
+
 # What is kept ---------------------------------------------------------------------------------------------------
 
 

@@ -135,6 +135,8 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         ServeOptions(config=Path("run.toml"), listen="localhost")
     with pytest.raises(ValueError, match="--dht-listen"):
         ServeOptions(config=Path("run.toml"), listen="example.org:80")
+    with pytest.raises(ValueError, match="manifest_ttl_s"):
+        ServeOptions(config=Path("run.toml"), manifest_ttl_s=86400.0)
     assert ServeOptions(config=Path("run.toml"), listen="[::1]:0").dht_multiaddr == "/ip6/::1/tcp/0"
 
 

@@ -51,6 +51,10 @@ BACKWARD_X_DATA = 14
 LAST_DATA = 15
 FETCHED = 1
 
+MAX_VOIDS = 4096
+"""Of a commit: a quarter of the calls that a trainer may have open at a host (`CallBook`). Who got no answer to so many
+of one step has long sent no more there."""
+
 
 def _number(encoding: Encoding) -> tensor_pb2.Encoding.ValueType:
     return cast("tensor_pb2.Encoding.ValueType", int(encoding))
@@ -306,6 +310,8 @@ def decode_commit_call(data: bytes | memoryview, limits: Limits | None = None) -
     """A CommitRequest."""
     message, _ = take_apart(expert_pb2.CommitRequest, data, limits or Limits(), arrays=(), tensors=())
     check_trainer(message.trainer)
+    if len(message.void_call_id) > MAX_VOIDS:
+        raise LimitError(f"void_call_id: {len(message.void_call_id)}, the limit is {MAX_VOIDS}")
     for call_id in message.void_call_id:
         check_call_id(call_id)
     return CommitCall(

@@ -34,6 +34,7 @@ from moe_net.rpc.base import CallError, CallFailure
 from moe_net.types import ExpertId, PeerInfo
 from moe_net.wire.messages import CommitAnswer, CommitCall
 from moe_net.wire.share import MAX_COMMITS, Share, ShareCall, commit_key
+from moe_peer.streams import Places
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ REMEMBERED = 64
 """Batches that are over: their shares are gone, and nobody has to wait for them."""
 KNOWN_BATCHES = 8
 """Of the last ones, which commits closed them."""
+MAX_WAITING_COMMITS = 32
+"""With the one that is made: half of the calls that a server takes at once, so that there is room for others."""
 
 
 class Ask(Protocol):
@@ -86,7 +89,9 @@ class Sharing:
         self._view: Callable[[], View] = lambda: View(())
         self._partners: dict[str, _Partner] = {}
         self._turn = asyncio.Lock()
-        self._tasks: set[asyncio.Task[CommitAnswer]] = set()
+        self._places = Places("Commit", MAX_WAITING_COMMITS)
+        self._making: asyncio.Task[CommitAnswer] | None = None
+        """The commit whose turn it is."""
         self._batch = b""
         self._share: Share | None = None
         self._pending: dict[int, int] = {}
@@ -104,47 +109,49 @@ class Sharing:
         self._ask, self._view = ask, view
 
     async def commit(self, call: CommitCall) -> CommitAnswer:
-        """As `ExpertHost.commit`. Once begun it is done whole, whether or not the caller stays."""
-        task = asyncio.create_task(self._commit(call), name="commit")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        """As `ExpertHost.commit`. Once begun it is done whole, whether or not the caller stays; a caller that goes
+        before its turn takes its call along. BusyError: too many wait."""
+        with self._places.one():
+            # Not in the task: whoever hung up would leave it there to wait, and nothing would bound those.
+            await self._turn.acquire()
+            self._making = asyncio.create_task(self._commit(call), name="commit")
+            self._making.add_done_callback(lambda _: self._turn.release())
+            return await asyncio.shield(self._making)
 
     async def _commit(self, call: CommitCall) -> CommitAnswer:
-        async with self._turn:
-            partners = self._replicas()
-            shared = {expert for peer in partners for expert in self._mine.intersection(peer.experts)}
-            answer, closed, share = await self._run(self._close, call, shared)
-            if call.tokens and not answer.repeated:
-                self._pending[commit_key(call)] = answer.committed_tokens
-                if len(self._pending) > MAX_COMMITS:
-                    del self._pending[next(iter(self._pending))]
-            if closed is not None:
-                self._ended.append(self._pending)
-                self._over.append(self._batch)
-                self._batch, self._share, self._pending = closed.batch, share, {}
-            self._news.set()
-            self._news = asyncio.Event()
-            if closed is None:
-                return answer
-            now_s = asyncio.get_running_loop().time
-            if self._ended_s is not None:
-                self._between_s.append(now_s() - self._ended_s)
-            asked = [self._part_of(peer, closed, tuple(self._ended[-1])) for peer in partners]
-            # Whatever a partner's answer led to: our own sums are set apart, and must be stepped on.
-            parts = await asyncio.gather(*asked, return_exceptions=True)
-            shares = {peer.peer_id: part for peer, part in zip(partners, parts, strict=True) if isinstance(part, Share)}
-            if partners:
-                await self._run(self._host.finish_commit, closed, list(shares.values()))
-            first = min(shares, default=self._peer_id)
-            if first < self._peer_id and (there := shares[first].committed_tokens) is not None:
-                log.info("steps end at other commits at %s: going on from its %d tokens", first, there)
-                await self._run(self._host.continue_at, there)
-            for part in parts:
-                if isinstance(part, BaseException):
-                    log.error("a step without a replica", exc_info=part)
-            self._ended_s = now_s()
+        partners = self._replicas()
+        shared = {expert for peer in partners for expert in self._mine.intersection(peer.experts)}
+        answer, closed, share = await self._run(self._close, call, shared)
+        if call.tokens and not answer.repeated:
+            self._pending[commit_key(call)] = answer.committed_tokens
+            if len(self._pending) > MAX_COMMITS:
+                del self._pending[next(iter(self._pending))]
+        if closed is not None:
+            self._ended.append(self._pending)
+            self._over.append(self._batch)
+            self._batch, self._share, self._pending = closed.batch, share, {}
+        self._news.set()
+        self._news = asyncio.Event()
+        if closed is None:
             return answer
+        now_s = asyncio.get_running_loop().time
+        if self._ended_s is not None:
+            self._between_s.append(now_s() - self._ended_s)
+        asked = [self._part_of(peer, closed, tuple(self._ended[-1])) for peer in partners]
+        # Whatever a partner's answer led to: our own sums are set apart, and must be stepped on.
+        parts = await asyncio.gather(*asked, return_exceptions=True)
+        shares = {peer.peer_id: part for peer, part in zip(partners, parts, strict=True) if isinstance(part, Share)}
+        if partners:
+            await self._run(self._host.finish_commit, closed, list(shares.values()))
+        first = min(shares, default=self._peer_id)
+        if first < self._peer_id and (there := shares[first].committed_tokens) is not None:
+            log.info("steps end at other commits at %s: going on from its %d tokens", first, there)
+            await self._run(self._host.continue_at, there)
+        for part in parts:
+            if isinstance(part, BaseException):
+                log.error("a step without a replica", exc_info=part)
+        self._ended_s = now_s()
+        return answer
 
     def _close(
         self, call: CommitCall, shared: Collection[ExpertId]
@@ -243,5 +250,5 @@ class Sharing:
 
     async def close(self) -> None:
         """Finish what has begun."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        async with self._turn:
+            pass

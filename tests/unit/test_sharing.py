@@ -20,7 +20,7 @@ from moe_net.rpc.base import CallError, CallFailure
 from moe_net.types import ExpertId
 from moe_net.wire.messages import CommitCall
 from moe_net.wire.share import ShareCall, share_from_state
-from moe_peer.sharing import MAX_SKIPPED, MAX_WAIT_S, MIN_WAIT_S
+from moe_peer.sharing import MAX_SKIPPED, MAX_WAIT_S, MAX_WAITING_COMMITS, MIN_WAIT_S
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -288,6 +288,37 @@ async def test_a_caller_that_leaves_does_not_leave_half_a_commit() -> None:
     await swarm.peers["a"].sharing.close()
     assert_equal(a, b)
     assert a.commit(call).repeated
+
+
+async def test_callers_that_leave_before_their_turn_leave_nothing_behind_and_few_may_wait() -> None:
+    """Each left a task with its call behind: a caller that hung up again and again, over a gigabyte of them."""
+    swarm = Swarm()
+    a, _ = swarm.add("a"), swarm.add("b")
+    late = asyncio.Event()
+    swarm.broken["b"] = late.wait
+    sharing = swarm.peers["a"].sharing
+    backward(a, 0, 1)
+    sharing._between_s.append(10.0)
+    first = asyncio.create_task(swarm.commit("a"))
+    while not swarm.peers["b"].asked:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    before = len(asyncio.all_tasks())
+    for step in range(1, 1 + 4 * MAX_WAITING_COMMITS):
+        call = CommitCall(trainer="u", step=step, tokens=1)
+        gone = asyncio.create_task(sharing.commit(call))
+        await asyncio.sleep(0)
+        gone.cancel()
+        assert isinstance((await asyncio.gather(gone, return_exceptions=True))[0], asyncio.CancelledError)
+    assert len(asyncio.all_tasks()) == before
+    calls = [CommitCall(trainer="v", step=step, tokens=1) for step in range(MAX_WAITING_COMMITS - 1)]
+    waiting = [asyncio.create_task(sharing.commit(call)) for call in calls]
+    await asyncio.sleep(0)
+    with pytest.raises(BusyError, match="Commit: 32 are on their way"):
+        await sharing.commit(CommitCall(trainer="w", step=0, tokens=1))
+    late.set()
+    assert (await first)[0].stepped
+    assert [answer.committed_tokens for answer in await asyncio.gather(*waiting)] == list(range(1, 1 + len(calls)))
+    assert not a.commit(CommitCall(trainer="u", step=0, tokens=0)).repeated, "none of those that left was made"
 
 
 async def test_the_wait_is_learned_and_bounded() -> None:

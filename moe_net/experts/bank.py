@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_net.errors import CheckpointError
+from moe_net.experts.checks import dispatch_bytes
 from moe_net.experts.init import init_expert
 from moe_net.experts.lineage import Lineage
 from moe_net.experts.update import StackedAdamW
@@ -36,6 +37,11 @@ def memory_bytes(n_experts: int, shape: ExpertShape, *, compute_bytes: int = 0) 
     together 8 bytes a parameter (sums of the next step, copies of those that are shared) and 4 for every partner.
     """
     return n_experts * shape.d_model * (shape.d_hidden + shape.d_ff) * (16 + compute_bytes)
+
+
+AT_ONCE_BYTES = 512 * 2**20
+"""On a CPU more rows than take so much (`checks.dispatch_bytes`) run one part after the other, unless pre-activations
+are kept. Products of so many rows gain nothing by still more."""
 
 
 def _copy(value: Tensor) -> Tensor:
@@ -172,6 +178,9 @@ class ExpertBank:
 
         With `keep`, also what `backward` can use instead of running the first projection again.
         """
+        if not keep and (pieces := self._pieces(slots_RK)):
+            ys = [self.forward(x_RD[rows], slots_RK[rows], gates_RK[rows], keep=False)[0] for rows in pieces]
+            return torch.cat(ys), None
         x = x_RD if is_promise(x_RD) else self._rows(x_RD)
         if self._graphed is not None and self._graphed.takes(x, slots_RK):
             y_RD, kernel = self._graphed.forward(x, self._pinned(slots_RK), self._pinned(gates_RK), keep=keep)
@@ -189,6 +198,14 @@ class ExpertBank:
         """Begin what the answer of a backward did not wait for: the addition of its gradients."""
         if self._graphed is not None:
             self._graphed.settle()
+
+    def _pieces(self, slots_RK: Tensor) -> list[slice]:
+        """Rows that run one part after the other; none: all at once. The same rows always in the same parts."""
+        n_rows, most = slots_RK.shape
+        at_once = max(1, AT_ONCE_BYTES // max(1, dispatch_bytes(1, most, self.shape)))
+        if self.device.type != "cpu" or n_rows <= at_once:
+            return []
+        return [slice(first, first + at_once) for first in range(0, n_rows, at_once)]
 
     def _rows(self, x_RD: Tensor) -> Tensor:
         """On the bank's device, in the dtype it computes in."""
@@ -228,6 +245,12 @@ class ExpertBank:
         kernel = saved.kernel if saved is not None and saved.generation == self._generation else None
         if kernel is not None and not accumulate and kernel.backend == GRAPHED:
             kernel = None  # graphs add
+        if kernel is None and (pieces := self._pieces(slots_RK)):
+            of_pieces = [
+                self.backward(dy_RD[rows], x_RD[rows], slots_RK[rows], gates_RK[rows], None, accumulate=accumulate)
+                for rows in pieces
+            ]
+            return torch.cat([dx for dx, _ in of_pieces]), torch.cat([dgates for _, dgates in of_pieces])
         x, dy = self._rows(x_RD), dy_RD if is_promise(dy_RD) else self._rows(dy_RD)
         if accumulate and self._graphed is not None and self._graphed.takes(x, slots_RK):
             slots, gates = self._pinned(slots_RK), self._pinned(gates_RK)

@@ -120,7 +120,7 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
         bounds are on what must not be forgotten before `forget_after_s` of silence: trainers seen, and applied calls of
         steps not committed yet (about 0.3 KiB each; 16 384 is a step of 32 layers, 8 micro-batches and 64 calls
         each)."""
-        self._cache_limit_bytes = cache_bytes
+        self.cache_bytes = cache_bytes
         self._reply_limit_bytes = reply_bytes
         self._max_trainers = max_trainers
         self._max_open_calls = max_open_calls
@@ -180,9 +180,9 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
             return False
         self._drop_kept(call_id)
         needed_bytes = inputs_bytes + ENTRY_OVERHEAD_BYTES
-        if needed_bytes > self._cache_limit_bytes:
+        if needed_bytes > self.cache_bytes:
             return False
-        if saved is None or needed_bytes + saved_bytes > self._cache_limit_bytes:
+        if saved is None or needed_bytes + saved_bytes > self.cache_bytes:
             saved, saved_bytes = None, 0
         self._kept[call_id] = _Kept(
             facts=facts, inputs=inputs, inputs_bytes=needed_bytes, saved=saved, saved_bytes=saved_bytes
@@ -190,12 +190,12 @@ class CallBook(Generic[InputsT, SavedT, ReplyT]):
         self._kept_bytes += needed_bytes + saved_bytes
         if saved is not None:
             self._with_saved[call_id] = None
-        while self._kept_bytes > self._cache_limit_bytes and self._with_saved:
+        while self._kept_bytes > self.cache_bytes and self._with_saved:
             oldest, _ = self._with_saved.popitem(last=False)
             entry = self._kept[oldest]
             self._kept_bytes -= entry.saved_bytes
             entry.saved, entry.saved_bytes = None, 0
-        while self._kept_bytes > self._cache_limit_bytes:
+        while self._kept_bytes > self.cache_bytes:
             self._drop_kept(next(iter(self._kept)))
         return True
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moe_net.errors import WireError
+from moe_net.errors import LimitError, WireError
 from moe_net.experts.callbook import CallFacts
+from moe_net.types import ExpertShape
 from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
 
 
@@ -45,6 +46,28 @@ def check_shapes(rows: RoutedRows, d_model: int) -> None:
     total = int(count_R.sum(dtype=np.int64))
     if total != n_pairs:
         raise WireError(f"experts_per_row sums to {total}, but there are {n_pairs} pairs")
+
+
+def dispatch_bytes(n_rows: int, most_experts: int, shape: ExpertShape) -> int:
+    """What rows take beside themselves while they run: of every (row, expert) pair its pre-activations and what the
+    expert made of the row, in fp32. Rows with fewer experts than the others are filled up: some kernels make room for
+    that as well."""
+    return n_rows * most_experts * (shape.d_model + shape.d_hidden) * 4
+
+
+def most_experts(rows: RoutedRows) -> int:
+    """Of any row."""
+    return int(rows.experts_per_row_R.numpy().max(initial=1))
+
+
+def check_cost(rows: RoutedRows, shape: ExpertShape, limit_bytes: int) -> None:
+    """LimitError when one call takes too much at once: a row is small beside what 64 experts make of it."""
+    n_rows, most = rows.x_RD.shape[0], most_experts(rows)
+    if (n_bytes := dispatch_bytes(n_rows, most, shape)) > limit_bytes:
+        raise LimitError(
+            f"experts_per_row: {n_rows} rows of up to {most} experts take {n_bytes} bytes at once with d_model "
+            f"{shape.d_model} and d_ff {shape.d_ff}, the limit is {limit_bytes}"
+        )
 
 
 def backward_facts(call: BackwardCall, d_model: int) -> CallFacts:

@@ -20,9 +20,9 @@ from torch import Tensor
 from moe_net.errors import BusyError, ExpertCallError, UnknownExpertError, WireError
 from moe_net.experts.bank import BankSaved, ClosedSums, ExpertBank
 from moe_net.experts.callbook import BookSizes, CallBook, CallFacts
-from moe_net.experts.checks import backward_facts, check_shapes, check_twin, forward_facts, some
+from moe_net.experts.checks import backward_facts, check_cost, check_shapes, check_twin, forward_facts, some
 from moe_net.experts.journal import Entry, Journal
-from moe_net.experts.merging import Part, merge, split
+from moe_net.experts.merging import Part, fitting, merge, split
 from moe_net.kernels.promise import landed
 from moe_net.types import ExpertId, ExpertShape
 from moe_net.wire.messages import (
@@ -64,11 +64,14 @@ class ExpertHost:
         cache_bytes: int = 256 * MIB,
         reply_bytes: int = 64 * MIB,
         journal_bytes: int = 256 * MIB,
+        dispatch_bytes: int = 3072 * MIB,
         book: CallBook[RoutedRows, BankSaved, BackwardAnswer] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`cache_bytes` for inputs that wait for their Backward, `reply_bytes` for answers that a retry may ask for.
         `journal_bytes` for the calls whose gradients a trainer may still want taken out, and those added beside them.
+        `dispatch_bytes` for what a call, or calls that run together, take beside their rows (`checks.dispatch_bytes`):
+        2048 rows of 8 experts as wide as Mixtral's take 2 GiB.
         `book`: a book with limits of its own, instead of these. `clock`, in seconds: when trainers were heard of.
         ValueError when there is no bank, or the banks'
         experts differ in shape."""
@@ -80,6 +83,7 @@ class ExpertHost:
         self._banks = dict(sorted(banks.items()))
         self.shape: ExpertShape = shapes.pop()
         self._book = book or CallBook(cache_bytes=cache_bytes, reply_bytes=reply_bytes)
+        self._dispatch_bytes = dispatch_bytes
         self._clock = clock
         self._journal: Journal[RoutedRows, Tensor] = Journal(limit_bytes=journal_bytes)
         self._dispatches = 0
@@ -142,8 +146,8 @@ class ExpertHost:
                     twins[position] = twin
             except (ExpertCallError, WireError) as error:
                 answers[position] = error
-        if parts:
-            self._run_forward(calls, list(parts.values()), answers)
+        for together in fitting(list(parts.values()), self.shape, self._dispatch_bytes):
+            self._run_forward(calls, together, answers)
         for position, twin in twins.items():
             answer = answers[twin.position]
             if isinstance(answer, ForwardAnswer):
@@ -160,8 +164,9 @@ class ExpertHost:
         bank = self._banks[parts[0].facts.layer]
         merged = merge(parts)
         # Pre-activations of merged calls lie sorted by expert, not by call: they are kept for single calls only, and
-        # computed again for others (one product of the forward's two).
-        keep = len(parts) == 1 and calls[parts[0].position].train
+        # computed again for others (one product of the forward's two), and where they alone would not fit in the book.
+        h_bytes = merged.slot_RK.numel() * self.shape.d_hidden * self.compute_dtype.itemsize
+        keep = len(parts) == 1 and calls[parts[0].position].train and h_bytes <= self._book.cache_bytes
         y_RD, saved = bank.forward(merged.x_RD, merged.slot_RK, merged.gate_RK, keep=keep)
         versions = bank.versions
         y_by_part = split(y_RD, [part.facts.n_rows for part in parts])
@@ -212,10 +217,10 @@ class ExpertHost:
                 parts[call.call_id] = part
             except (ExpertCallError, WireError) as error:
                 answers[position] = error
-        if adding:
-            self._run_backward(calls, adding, saved if len(adding) == 1 else None, answers, accumulate=True)
-        if repeating:
-            self._run_backward(calls, repeating, None, answers, accumulate=False)
+        for together in fitting(adding, self.shape, self._dispatch_bytes):
+            self._run_backward(calls, together, saved if len(adding) == 1 else None, answers, accumulate=True)
+        for together in fitting(repeating, self.shape, self._dispatch_bytes):
+            self._run_backward(calls, together, None, answers, accumulate=False)
         for position, twin in twins.items():
             answer = answers[twin.position]
             assert isinstance(answer, BackwardAnswer), "a call in `parts` has run"
@@ -430,6 +435,10 @@ class ExpertHost:
             raise BusyError(f"layer {layer} is in the middle of a step")
         self._bank(layer).replace_state(state)
         self._journal.weights_changed(layer, self._book.last_committed_step)
+
+    def check_cost(self, rows: RoutedRows) -> None:
+        """LimitError when a call with these takes more than one may at once; any thread may ask."""
+        check_cost(rows, self.shape, self._dispatch_bytes)
 
     def check_hosted(self, layer: int, indices: Sequence[int]) -> None:
         """UnknownExpertError when one of them is not; any thread may ask."""

@@ -5,13 +5,15 @@ R rows, D model width, K most experts of any row, P (row, expert) pairs; merged 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moe_net.experts.callbook import CallFacts
+from moe_net.experts.checks import dispatch_bytes, most_experts
+from moe_net.types import ExpertShape
 from moe_net.wire.messages import RoutedRows
 
 
@@ -51,6 +53,22 @@ def pad_pairs(count_R: Tensor, slot_P: Tensor, gate_P: Tensor) -> tuple[Tensor, 
     slot_RK = torch.full((n_rows, most), -1, dtype=slot_P.dtype).masked_scatter_(filled_RK, slot_P)
     gate_RK = torch.zeros(n_rows, most, dtype=gate_P.dtype).masked_scatter_(filled_RK, gate_P)
     return slot_RK, gate_RK, filled_RK
+
+
+def fitting(parts: Sequence[Part], shape: ExpertShape, limit_bytes: int) -> Iterator[list[Part]]:
+    """The parts, in their order, by what may run together: one row of very many experts widens all that run with it.
+    What is over the limit alone runs alone."""
+    together: list[Part] = []
+    n_rows, most = 0, 1
+    for part in parts:
+        own_rows, own_most = part.facts.n_rows, most_experts(part.rows)
+        if together and dispatch_bytes(n_rows + own_rows, max(most, own_most), shape) > limit_bytes:
+            yield together
+            together, n_rows, most = [], 0, 1
+        n_rows, most = n_rows + own_rows, max(most, own_most)
+        together.append(part)
+    if together:
+        yield together
 
 
 def merge(parts: Sequence[Part]) -> Merged:

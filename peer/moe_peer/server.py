@@ -372,6 +372,7 @@ class ExpertServer:
         if layer not in self._layers:
             raise UnknownExpertError(f"layer {layer} is not hosted here")
         check_rows(rows, d_model=self._run.model.d_model, n_experts=self._run.model.n_experts)
+        self._host.check_cost(rows)
 
     def _describe(self) -> expert_pb2.InfoReply:
         shape = self._host.shape

@@ -16,6 +16,7 @@ import pytest
 import torch
 from expert_calls import (
     ENCODINGS,
+    HOSTED,
     RUN,
     Client,
     D,
@@ -134,6 +135,22 @@ async def test_each_refusal_has_its_status_and_its_reason(what: str) -> None:
         got, details = await refused(client.stub.Forward(changed(forward_call(), change), timeout=10))
     assert got is code
     assert reason in details
+
+
+@pytest.mark.parametrize("method", ["Forward", "Backward"])
+async def test_a_call_that_costs_too_much_is_refused_before_it_waits(method: str) -> None:
+    """One valid message of 30 MiB, of many experts per row, took four gigabytes."""
+    host = ExpertHost(make_banks(RUN, HOSTED), dispatch_bytes=5 * 2 * (D + 2 * 6) * 4 - 1)
+    call = forward_call()
+    async with serving(host) as (server, client):
+        if method == "Forward":
+            asked = client.stub.Forward(stock_forward(call), timeout=10)
+        else:
+            asked = client.stub.Backward(stock_backward(backward_call(call, resend=True)), timeout=10)
+        code, details = await refused(asked)
+        assert code is grpc.StatusCode.OUT_OF_RANGE
+        assert "5 rows of up to 2 experts take 800 bytes" in details
+        assert not server._batcher._flights
 
 
 async def test_refusals_that_depend_on_history_have_their_own_statuses() -> None:

@@ -21,8 +21,9 @@ from moe_net.errors import BusyError, ExpertCallError, UnknownExpertError, WireE
 from moe_net.experts.bank import BankSaved, ClosedSums, ExpertBank
 from moe_net.experts.callbook import BookSizes, CallBook, CallFacts
 from moe_net.experts.checks import backward_facts, check_cost, check_shapes, check_twin, forward_facts, some
-from moe_net.experts.journal import Entry, Journal
+from moe_net.experts.journal import Journal
 from moe_net.experts.merging import Part, fitting, merge, split
+from moe_net.experts.voiding import Voiding
 from moe_net.kernels.promise import landed
 from moe_net.types import ExpertId, ExpertShape
 from moe_net.wire.messages import (
@@ -86,6 +87,7 @@ class ExpertHost:
         self._dispatch_bytes = dispatch_bytes
         self._clock = clock
         self._journal: Journal[RoutedRows, Tensor] = Journal(limit_bytes=journal_bytes)
+        self._voiding = Voiding(self._banks, self._journal, self._part)
         self._dispatches = 0
         self._open: set[int] = set()
         """Layers whose step is closed but not made."""
@@ -249,6 +251,7 @@ class ExpertHost:
                 n_bytes = _rows_bytes(part.rows) + grad.nbytes
                 call_id = calls[part.position].call_id
                 self._journal.add(call_id, part.facts, part.rows, grad, n_bytes, dispatch=self._dispatches)
+            self._voiding.trim()
         dgate_P = dgate_RK.reshape(-1)
         if merged.filled_RK is not None:  # by position: of a mask on a GPU the host would have to know the size
             dgate_P = dgate_P[bank.put(merged.filled_RK.reshape(-1).nonzero().flatten())]
@@ -306,7 +309,9 @@ class ExpertHost:
             )
             return answer, None
         # Those of `call.void` that were never added need nothing: from now on they are refused as stale.
-        failed = self._take_out(void)
+        failed = self._voiding.take_out(void)
+        due = [n for n, bank in self._banks.items() if bank.committed_tokens + call.tokens >= bank.global_batch_tokens]
+        self._voiding.renew(due)
         self._book.note_voids(call.trainer, len(void) - failed, failed)
         self._journal.committed(call.trainer, call.step)
         if call.tokens:  # one without tokens closes nothing, and there may be any number of them
@@ -359,6 +364,8 @@ class ExpertHost:
                 if expert.layer == layer:
                     by_index.setdefault(expert.index, {})[origin] = share
         try:
+            # Those of the next step, if they are set apart.
+            self._voiding.renew((layer,))
             self._banks[layer].step(sums, by_index, clock=clock)
         finally:
             self._open.discard(layer)
@@ -371,37 +378,12 @@ class ExpertHost:
         for bank in self._banks.values():
             bank.committed_tokens = min(committed_tokens, bank.global_batch_tokens - 1)
 
-    def _take_out(self, void: Sequence[tuple[bytes, CallFacts]]) -> int:
-        """Make the gradient sums what they would be without these calls; how many could not be taken out."""
-        undo, n_gone = self._journal.void(void)
-        for layer, plan in undo.items():
-            bank = self._banks[layer]
-            if plan.replay is not None:
-                bank.clear_grads()
-                for together in plan.replay:
-                    bank.backward(*self._merged_again(together), None)
-            for entry in plan.subtract:
-                bank.subtract(*self._merged_again([entry]))
-            for entry in plan.make_up:
-                bank.make_up(*self._merged_again([entry]))
-        if void:
-            log.info(
-                "took %d calls of %r out again, which went to other replicas; %d more are gone",
-                len(void) - n_gone, void[0][1].trainer, n_gone,
-            )  # fmt: skip
-        return n_gone
-
-    def _merged_again(self, entries: Sequence[Entry[RoutedRows, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(grad, x, slots, gates) as in the dispatch that added them."""
-        merged = merge([self._part(i, entry.facts, entry.inputs) for i, entry in enumerate(entries)])
-        grads = [entry.grad for entry in entries]
-        grad_RD = grads[0] if len(grads) == 1 else torch.cat(grads)
-        return grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK
-
     def fetch(self, layer: int, indices: Sequence[int], *, with_sums: bool = True) -> dict[str, Tensor]:
         """Copies of the experts' state, all of the layer when `indices` is empty; `with_sums` as in `ExpertBank.state`.
         UnknownExpertError."""
         self.check_hosted(layer, indices)
+        if with_sums and self.committed_tokens > 0:
+            self._voiding.renew((layer,))
         return self._banks[layer].state(sorted(set(indices)) or None, with_sums=with_sums)
 
     def load_state(self, state: Mapping[str, Tensor]) -> int:
@@ -417,6 +399,7 @@ class ExpertHost:
                     mine[name] = value
                     loaded.add(expert)
             if mine:
+                self._voiding.renew((layer,))
                 bank.load_state(mine)
                 self._journal.forget(layer)
         return len(loaded)
@@ -433,6 +416,7 @@ class ExpertHost:
         """
         if layer in self._open:
             raise BusyError(f"layer {layer} is in the middle of a step")
+        self._voiding.renew((layer,))
         self._bank(layer).replace_state(state)
         self._journal.weights_changed(layer, self._book.last_committed_step)
 

@@ -4,7 +4,7 @@ A trainer that could not learn whether a peer had added a gradient sends it to a
 first peer to void it. Taking it out must leave the sums as if it had never come, bit for bit. Floating-point addition
 cannot be undone, so the sums are made anew: from zero, from the calls written down here, in their order, without it.
 That needs every call since the layer's last step, at the weights of that time; weights change in a step (which empties
-the sums) and when replicas average.
+the sums) and when replicas average. When it is done, voiding.py says.
 
 Pure bookkeeping like callbook.py: `InputsT` and `GradT` are whatever the host wants kept; it says how many bytes.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Generic, TypeVar
 
 from moe_net.experts.callbook import ENTRY_OVERHEAD_BYTES, CallFacts
@@ -43,8 +43,9 @@ class Entry(Generic[InputsT, GradT]):
 class Undo(Generic[InputsT, GradT]):
     """What to do with the sums of one layer: `replay` first, then `subtract` and `make_up`."""
 
-    replay: list[list[Entry[InputsT, GradT]]] | None = None
-    """Empty the sums, then add these again, dispatch by dispatch; None: leave them as they are."""
+    replay: bool = False
+    """Empty the sums, then add again what `Journal.replay` says; at once, or after more was added or voided, but before
+    `trim` lets go of calls of the layer and before its weights change."""
     subtract: list[Entry[InputsT, GradT]] = field(default_factory=list["Entry[InputsT, GradT]"])
     """Add the backward of the negated gradient. Equal to never having come up to rounding, if the weights are still
     those it was added at; otherwise up to what the weights have moved since."""
@@ -62,6 +63,8 @@ class Journal(Generic[InputsT, GradT]):
         """Added at the weights of now, in the order of adding."""
         self._past: OrderedDict[_Key, Entry[InputsT, GradT]] = OrderedDict()
         """Added at other weights; the trainer has not committed them, so it may still void them."""
+        self._huge: list[_Key] = []
+        """Which would not fit alone, until the next `trim`."""
         self._incomplete: set[int] = set()
         """Layers whose sums hold more (or less) than `_fresh` says, until their next step."""
         self._n_steps: defaultdict[int, int] = defaultdict(int)
@@ -74,25 +77,49 @@ class Journal(Generic[InputsT, GradT]):
     def add(
         self, call_id: bytes, facts: CallFacts, inputs: InputsT, grad: GradT, n_bytes: int, *, dispatch: int
     ) -> None:
-        """Write down a call whose gradient was added, or is before anybody looks at the sums."""
+        """Write down a call whose gradient was added, or is before anybody looks at the sums. All of a dispatch, then
+        `trim`."""
         entry = Entry(
             facts=facts, inputs=inputs, grad=grad, n_bytes=n_bytes + ENTRY_OVERHEAD_BYTES, dispatch=dispatch,
             n_steps=self._n_steps[facts.layer],
         )  # fmt: skip
-        if entry.n_bytes > self._limit_bytes:
-            # It would not fit alone: nobody else has to go for it.
-            self._incomplete.add(facts.layer)
-            return
-        self._fresh[facts.trainer, facts.step, call_id] = entry
+        key = (facts.trainer, facts.step, call_id)
+        self._fresh[key] = entry
         self.n_bytes += entry.n_bytes
-        while self.n_bytes > self._limit_bytes:
-            # What was added at other weights cannot be replayed anyway.
-            if self._past:
-                _, gone = self._past.popitem(last=False)
-            else:
-                _, gone = self._fresh.popitem(last=False)
-                self._incomplete.add(gone.facts.layer)
-            self.n_bytes -= gone.n_bytes
+        if entry.n_bytes > self._limit_bytes:
+            self._huge.append(key)
+
+    def overfull(self) -> set[int]:
+        """Layers that can be replayed no more after the next `trim`."""
+        return {self._fresh[key].facts.layer for key in self._leaving() if key in self._fresh}
+
+    def trim(self) -> None:
+        """Let go of what is over the limit."""
+        for key in self._leaving():
+            if key in self._fresh:
+                self._incomplete.add(self._fresh[key].facts.layer)
+            self._pop(key)
+        self._huge.clear()
+
+    def _leaving(self) -> list[_Key]:
+        if self.n_bytes <= self._limit_bytes:
+            return []
+        # Of what does not fit alone: nobody else has to go for it.
+        leaving = [key for key in self._huge if key in self._fresh]
+        over_bytes = self.n_bytes - self._limit_bytes - sum(self._fresh[key].n_bytes for key in leaving)
+        # What was added at other weights cannot be replayed anyway.
+        for key, entry in chain(self._past.items(), self._fresh.items()):
+            if over_bytes <= 0:
+                break
+            if key not in self._huge:
+                leaving.append(key)
+                over_bytes -= entry.n_bytes
+        return leaving
+
+    def replay(self, layer: int) -> list[list[Entry[InputsT, GradT]]]:
+        """What the layer's sums consist of, dispatch by dispatch."""
+        left = (entry for entry in self._fresh.values() if entry.facts.layer == layer)
+        return [list(together) for _, together in groupby(left, lambda entry: entry.dispatch)]
 
     def void(self, calls: Iterable[tuple[bytes, CallFacts]]) -> tuple[dict[int, Undo[InputsT, GradT]], int]:
         """(what to do, by layer; how many of `calls` are not here any more). The calls leave the journal."""
@@ -109,13 +136,10 @@ class Journal(Generic[InputsT, GradT]):
             if entry.n_steps < self._n_steps[facts.layer]:
                 layer.make_up.append(entry)
             elif fresh and facts.layer not in self._incomplete:
-                layer.replay = []
+                layer.replay = True
             else:
                 layer.subtract.append(entry)
         for number, layer in undo.items():
-            if layer.replay is not None:
-                left = (entry for entry in self._fresh.values() if entry.facts.layer == number)
-                layer.replay = [list(together) for _, together in groupby(left, lambda entry: entry.dispatch)]
             if layer.subtract or layer.make_up:
                 # No entry stands for what is subtracted: a later replay would bring it back.
                 self._incomplete.add(number)

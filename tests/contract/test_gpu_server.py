@@ -115,6 +115,7 @@ class BytesAlone:
         return codec.decode_backward_answer(codec.encode_backward_answer(answer, self._matrices), Limits())
 
     def sums(self) -> list[Tensor]:
+        self.host._voiding.renew()
         return [grad.clone() for bank in self.host._banks.values() for grad in bank._optimizer.grads]
 
 

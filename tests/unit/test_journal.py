@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from moe_net.experts.bank import ExpertBank
 from moe_net.experts.callbook import ENTRY_OVERHEAD_BYTES, CallFacts
 from moe_net.experts.host import ExpertHost
-from moe_net.experts.journal import Journal
+from moe_net.experts.journal import Journal, Undo
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertShape
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitAnswer, CommitCall, RoutedRows
@@ -28,7 +29,13 @@ def filled(*names: str, limit_entries: int = 99) -> Journal[str, str]:
     journal: Journal[str, str] = Journal(limit_bytes=limit_entries * (ENTRY_OVERHEAD_BYTES + 10))
     for dispatch, name in enumerate(names):
         journal.add(name.encode(), facts(), name, "dy", 10, dispatch=dispatch)
+        journal.trim()
     return journal
+
+
+def replayed(journal: Journal[str, str], undo: Undo[str, str], layer: int = 0) -> list[list[str]]:
+    assert undo.replay
+    return [[entry.inputs for entry in together] for together in journal.replay(layer)]
 
 
 def nobody_committed(trainer: str) -> int:
@@ -38,11 +45,11 @@ def nobody_committed(trainer: str) -> int:
 def test_calls_are_replayed_in_their_order_without_the_voided_and_once_only() -> None:
     journal = filled("a", "b", "c", "d")
     undo, gone = journal.void([(b"b", facts()), (b"x", facts())])
-    assert [[e.inputs for e in together] for together in undo[0].replay or []] == [["a"], ["c"], ["d"]]
+    assert replayed(journal, undo[0]) == [["a"], ["c"], ["d"]]
     assert (undo[0].subtract, gone) == ([], 1)
     assert journal.void([(b"b", facts())]) == ({}, 1)
     undo, _ = journal.void([(b"a", facts())])
-    assert [[e.inputs for e in together] for together in undo[0].replay or []] == [["c"], ["d"]]
+    assert replayed(journal, undo[0]) == [["c"], ["d"]]
 
 
 def test_layers_are_undone_each_for_itself() -> None:
@@ -50,20 +57,20 @@ def test_layers_are_undone_each_for_itself() -> None:
     journal.add(b"other", facts(layer=1), "other", "dy", 10, dispatch=7)
     undo, _ = journal.void([(b"a", facts())])
     assert undo.keys() == {0}
-    assert [e[0].inputs for e in undo[0].replay or []] == ["b"]
+    assert replayed(journal, undo[0]) == [["b"]]
 
 
 def test_after_an_eviction_calls_are_subtracted_until_the_next_step() -> None:
     journal = filled("a", "b", "c", "d", limit_entries=3)
     undo, gone = journal.void([(b"a", facts()), (b"c", facts())])
     assert gone == 1
-    assert undo[0].replay is None
+    assert not undo[0].replay
     assert [e.inputs for e in undo[0].subtract] == ["c"]
     journal.stepped(0, lambda _: 0)
     assert (len(journal), journal.n_bytes) == (0, 0)
     journal.add(b"e", facts(step=1), "e", "dy", 10, dispatch=9)
     undo, _ = journal.void([(b"e", facts(step=1))])
-    assert undo[0].replay == []
+    assert replayed(journal, undo[0]) == []
 
 
 def test_what_was_added_at_other_weights_is_subtracted_and_not_brought_back_by_a_later_replay() -> None:
@@ -72,10 +79,10 @@ def test_what_was_added_at_other_weights_is_subtracted_and_not_brought_back_by_a
     for name in ("new", "newer"):
         journal.add(name.encode(), facts(step=1), name, "dy", 10, dispatch=9)
     undo, _ = journal.void([(b"old", facts())])
-    assert undo[0].replay is None
+    assert not undo[0].replay
     assert ([e.inputs for e in undo[0].make_up], undo[0].subtract) == (["old"], [])
     undo, _ = journal.void([(b"new", facts(step=1))])
-    assert undo[0].replay is None
+    assert not undo[0].replay
     assert [e.inputs for e in undo[0].subtract] == ["new"]
 
 
@@ -83,7 +90,7 @@ def test_averaged_weights_end_replays_until_the_next_step() -> None:
     journal = filled("a", "b")
     journal.weights_changed(0, nobody_committed)
     undo, gone = journal.void([(b"a", facts())])
-    assert (undo[0].replay, gone) == (None, 0)
+    assert (undo[0].replay, gone) == (False, 0)
     assert [e.inputs for e in undo[0].subtract] == ["a"]
 
 
@@ -102,11 +109,13 @@ def test_a_flood_takes_no_more_than_the_limit() -> None:
     journal = filled(limit_entries=5)
     for number in range(1000):
         journal.add(number.to_bytes(16, "big"), facts(f"t{number}", layer=number % 3), "", "", 0, dispatch=number)
+        journal.trim()
         if number % 7 == 0:
             journal.stepped(number % 3, nobody_committed)
         assert journal.n_bytes <= 5 * (ENTRY_OVERHEAD_BYTES + 10)
         assert len(journal) <= 5
     journal.add(b"huge", facts(), "", "", 1 << 20, dispatch=0)
+    journal.trim()
     assert len(journal) == 5, "what does not fit alone evicts nobody"
 
 
@@ -142,6 +151,7 @@ def commit(host: ExpertHost, *void: BackwardCall, trainer: str = "t", step: int 
 
 
 def sums(host: ExpertHost) -> Tensor:
+    host._voiding.renew()
     return torch.cat([grad.flatten() for grad in host._banks[0]._optimizer.grads]).clone()
 
 
@@ -155,6 +165,67 @@ def test_one_of_several_that_ran_together_is_taken_out_as_if_the_others_had_run_
     answer = commit(host, second)
     assert (answer.voided, answer.void_failed) == (1, 0)
     assert torch.equal(sums(host), sums(without))
+
+
+def test_voids_are_made_up_for_once_however_many_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row added and voided, again and again, had all gradients of the step added anew each time."""
+    host, without = new_host(batch_tokens=5), new_host(batch_tokens=5)
+    honest, later = [call(seed) for seed in range(8)], call(50)
+    add(host, *honest)
+    add(without, *honest)
+    ran = 0
+    backward = ExpertBank.backward
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        return backward(*arguments, **options)
+
+    monkeypatch.setattr(ExpertBank, "backward", counting)
+    for step in range(20):
+        void = call(100 + step, trainer="evil", step=step)
+        add(host, void)
+        assert commit(host, void, trainer="evil", step=step, tokens=0).voided == 1
+    assert ran == 20, "no call but those that were sent"
+    add(host, later)
+    add(without, later)
+    ran = 0
+    assert commit(host, tokens=5).stepped
+    assert ran == 2, "two dispatches of the honest one"
+    commit(without, tokens=5)
+    for name, value in without.fetch(0, ()).items():
+        assert torch.equal(host.fetch(0, ())[name], value)
+
+
+@pytest.mark.parametrize("look", ["eviction", "other weights", "snapshot", "load"])
+def test_whatever_would_lose_a_replay_waits_for_it(look: str) -> None:
+    host, without = new_host(journal_bytes=5 * (ENTRY_OVERHEAD_BYTES + 300)), new_host()
+    first, void, *others = (call(seed) for seed in range(8))
+    for one in (first, void, *others[:2]):
+        add(host, one)
+    for one in (first, *others[:2]):
+        add(without, one)
+    assert commit(host, void, trainer="t").voided == 1
+    commit(without)
+    assert host._voiding.stale == {0}
+    if look == "eviction":
+        for seed in range(10, 15):
+            more = call(seed, trainer="u")
+            for one in (host, without):
+                add(one, more)
+        assert len(host._journal) < len(without._journal)
+    elif look == "other weights":
+        for one in (host, without):
+            one.replace_state(0, one.fetch(0, (), with_sums=False))
+    elif look == "snapshot":
+        theirs = without.fetch(0, ())
+        assert all(torch.equal(value, theirs[name]) for name, value in host.fetch(0, ()).items())
+    else:
+        for one in (host, without):
+            one.load_state(one.fetch(0, (1,), with_sums=False))
+    assert not host._voiding.stale
+    assert torch.equal(sums(host), sums(without))
+    assert sums(host).any()
 
 
 def test_the_void_comes_before_the_step_that_its_commit_makes() -> None:

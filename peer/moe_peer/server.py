@@ -53,13 +53,14 @@ from moe_net.wire.framing import Parts
 from moe_net.wire.matrices import INLINE_BYTES, ON_CPU, Matrices
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall, RoutedRows
 from moe_net.wire.pieces import PieceReader, cut
+from moe_net.wire.share import Share
 from moe_net.wire.snapshot import pack
 from moe_net.wire.validate import Limits, check_rows
 from moe_peer.batcher import Batcher
 from moe_peer.device import DeviceThread
 from moe_peer.gossip import Meeting, Replicator
 from moe_peer.landing import LandedCalls
-from moe_peer.sharing import Sharing
+from moe_peer.sharing import ShareFiles, Sharing
 from moe_peer.streams import FewReflections, FewWatches, Places
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ SERVICE = "moe_net.v1.ExpertService"
 MAX_FETCHES = 2
 """At once: each holds its layer's state twice, as tensors and as a file."""
 MAX_SHARES = 16
-"""At once, most of them waiting for the commit that closes the step."""
+"""Being sent at once."""
 SHARE_S = 3.0
 """For one, its sending included."""
 CHUNK_TIMEOUT_S = 30.0
@@ -161,6 +162,7 @@ class ExpertServer:
         self._max_concurrent_calls = max_concurrent_calls or min(max(fitting_calls, 64), 512)
         self.sharing = Sharing(host, self._device.run, peer_id=peer_id)
         self._shares = Places("Share", MAX_SHARES)
+        self._share_files = ShareFiles(self._share_file, n_experts=len(host.experts))
         self._fetches = Places("Fetch", MAX_FETCHES)
         self._chunk_timeout_s = chunk_timeout_s
         self._health = FewWatches()
@@ -318,12 +320,15 @@ class ExpertServer:
     async def _share(self, raw: bytes, context: Context) -> None:
         # Whoever asks has gone on alone long before that.
         async with asyncio.timeout(SHARE_S):
+            call = codec.decode_share_call(raw, self._limits)
+            caller = str(context.peer()).rpartition(":")[0]
+            share = await self.sharing.answer(call, limit_s=context.time_remaining(), caller=caller)
             with self._shares.one():
-                call = codec.decode_share_call(raw, self._limits)
-                share = await self.sharing.answer(call, limit_s=context.time_remaining())
-                data, digest = await asyncio.to_thread(_pack, share.to_state(), self._run.name, self._host)
-                del share
-                await self._send_file(data, digest, context)
+                async with self._share_files.of(call.batch, share) as (data, digest):
+                    await self._send_file(data, digest, context)
+
+    async def _share_file(self, share: Share) -> tuple[bytes, bytes]:
+        return await asyncio.to_thread(_pack, share.to_state(), self._run.name, self._host)
 
     async def _send_file(self, data: bytes, digest: bytes, context: Context) -> None:
         """TimeoutError when its receiver is too slow (see the constants above)."""

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any, Protocol
 
-from moe_net.errors import InputsGoneError
+from moe_net.errors import BusyError, InputsGoneError
 from moe_net.experts.host import Closed, ExpertHost
 from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure
@@ -50,6 +50,11 @@ REMEMBERED = 64
 """Batches that are over: their shares are gone, and nobody has to wait for them."""
 KNOWN_BATCHES = 8
 """Of the last ones, which commits closed them."""
+MAX_WAITING_SHARES = 32
+"""Replicas that ask for a share which is not there yet, or never will be: a name of a batch says nothing."""
+FILES_FACTOR = 4
+"""Times the experts of a share, that those of the files may be which are there at once. One that is sent to all is made
+once; replicas that host other experts each want another."""
 MAX_WAITING_COMMITS = 32
 """With the one that is made: half of the calls that a server takes at once, so that there is room for others."""
 
@@ -77,6 +82,15 @@ class _Partner:
         self.skip = min(MAX_SKIPPED, 2 ** min(self.failures, 16) - 1)
 
 
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """Asks for a share that is not there yet."""
+
+    caller: str
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    displaced: bool = False
+
+
 class Sharing:
     """The commits of one host. Lives on the loop; what touches experts runs by `run`, on their device's thread."""
 
@@ -99,7 +113,8 @@ class Sharing:
         self._ended: deque[dict[int, int]] = deque(maxlen=KNOWN_BATCHES)
         """Those of the last steps."""
         self._over: deque[bytes] = deque(maxlen=REMEMBERED)
-        self._news = asyncio.Event()
+        self._waiting: list[_Waiting] = []
+        """Who came first is first."""
         self._ended_s: float | None = None
         self._between_s: deque[float] = deque(maxlen=8)
 
@@ -130,8 +145,8 @@ class Sharing:
             self._ended.append(self._pending)
             self._over.append(self._batch)
             self._batch, self._share, self._pending = closed.batch, share, {}
-        self._news.set()
-        self._news = asyncio.Event()
+        for waiting in self._waiting:
+            waiting.news.set()
         if closed is None:
             return answer
         now_s = asyncio.get_running_loop().time
@@ -215,20 +230,51 @@ class Sharing:
         partner.failed()
         log.info("a step without %s, and %d more: %s", peer.peer_id, partner.skip, why)
 
-    async def answer(self, call: ShareCall, *, limit_s: float | None = None) -> Share:
+    async def answer(self, call: ShareCall, *, limit_s: float | None = None, caller: str = "") -> Share:
         """Our part of a step, once we have closed it too, or where we are when we shall not. InputsGoneError: it is
-        over, or none of ours; TimeoutError: not in time."""
+        over, or none of ours; TimeoutError: not in time; BusyError: too many of `caller` wait."""
         async with asyncio.timeout(MAX_WAIT_S if limit_s is None else min(limit_s, MAX_WAIT_S)):
-            while self._share is None or call.batch != self._batch:
-                if call.batch in self._over:
-                    raise InputsGoneError("batch: that step is over here")
-                tokens = self._tokens_after(call.commits)
-                if self._share is not None and tokens is not None:
-                    return replace(self._share, experts={}, committed_tokens=tokens)
-                await self._news.wait()
-        share = self._share
-        experts = {expert: share.experts[expert] for expert in call.experts if expert in share.experts}
-        return replace(share, experts=experts)
+            share = self._answer_now(call)
+            if share is not None:
+                return share
+            with self._place(caller) as waiting:
+                while share is None:
+                    await waiting.news.wait()
+                    if waiting.displaced:
+                        raise BusyError(f"Share: {MAX_WAITING_SHARES} wait for a step to end, most of them from there")
+                    waiting.news.clear()
+                    share = self._answer_now(call)
+                return share
+
+    @contextmanager
+    def _place(self, caller: str) -> Generator[_Waiting]:
+        """Among those that wait. In the place of the first of whoever has most of them, if too many do: nobody knows
+        which of their batches is real, and a stranger who names many must not keep replicas out."""
+        if len(self._waiting) >= MAX_WAITING_SHARES:
+            n_of = Counter(waiting.caller for waiting in (*self._waiting, _Waiting(caller)))
+            first = max(self._waiting, key=lambda waiting: n_of[waiting.caller])
+            first.displaced = True
+            first.news.set()
+            self._waiting.remove(first)
+        mine = _Waiting(caller)
+        self._waiting.append(mine)
+        try:
+            yield mine
+        finally:
+            if not mine.displaced:
+                self._waiting.remove(mine)
+
+    def _answer_now(self, call: ShareCall) -> Share | None:
+        """None: not yet, as far as we know."""
+        if self._share is not None and call.batch == self._batch:
+            experts = {expert: self._share.experts[expert] for expert in call.experts if expert in self._share.experts}
+            return replace(self._share, experts=experts)
+        if call.batch in self._over:
+            raise InputsGoneError("batch: that step is over here")
+        tokens = self._tokens_after(call.commits)
+        if self._share is not None and tokens is not None:
+            return replace(self._share, experts={}, committed_tokens=tokens)
+        return None
 
     def _tokens_after(self, commits: Sequence[int]) -> int | None:
         """Committed here after the last of `commits`, when a step has ended among them, so that theirs is none of ours;
@@ -252,3 +298,48 @@ class Sharing:
         """Finish what has begun."""
         async with self._turn:
             pass
+
+
+@dataclass(slots=True, eq=False)
+class _File:
+    made: asyncio.Task[tuple[bytes, bytes]]
+    n_experts: int
+    users: int = 0
+
+
+class ShareFiles:
+    """Shares as files, each made once for all who are sent it at the same time."""
+
+    def __init__(self, make: Callable[[Share], Awaitable[tuple[bytes, bytes]]], *, n_experts: int) -> None:
+        """`make`: (file, digest); `n_experts`: of the host."""
+        self._make = make
+        self._limit = FILES_FACTOR * n_experts
+        self._files: dict[tuple[object, ...], _File] = {}
+
+    @asynccontextmanager
+    async def of(self, batch: bytes, share: Share) -> AsyncGenerator[tuple[bytes, bytes]]:
+        """(file, digest) while within. BusyError: too many others are there."""
+        key = (batch, share.clock, share.committed_tokens, *share.experts)
+        file = self._files.get(key)
+        if file is None:
+            n_there = sum(file.n_experts for file in self._files.values())
+            if n_there + len(share.experts) > self._limit:
+                raise BusyError(f"Share: {n_there} experts are on their way, at most {self._limit} may be")
+            made = asyncio.create_task(self._made(share), name="share file")
+            file = self._files[key] = _File(made, len(share.experts))
+            made.add_done_callback(lambda _: self._forget(key))
+        file.users += 1
+        try:
+            yield await asyncio.shield(file.made)
+        finally:
+            file.users -= 1
+            self._forget(key)
+
+    async def _made(self, share: Share) -> tuple[bytes, bytes]:
+        return await self._make(share)
+
+    def _forget(self, key: tuple[object, ...]) -> None:
+        """Not while it is being made: whoever asks and leaves must not have it made again beside that."""
+        file = self._files.get(key)
+        if file is not None and not file.users and file.made.done():
+            del self._files[key]

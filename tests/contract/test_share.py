@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ from moe_net.types import ExpertId, PeerInfo
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitCall, RoutedRows
 from moe_net.wire.share import MAX_COMMITS, MAX_SHARED_EXPERTS, ShareCall, commit_key, max_share_bytes
 from moe_net.wire.snapshot import pack
-from moe_peer.server import ExpertServer
+from moe_peer import server as server_module
+from moe_peer.server import MAX_SHARES, ExpertServer
 
 RUN = small_run()
 D, SHAPE = RUN.model.d_model, RUN.model.expert_shape
@@ -166,6 +168,39 @@ async def test_a_step_that_is_over_is_refused_at_once_and_unknown_experts_are_le
         with pytest.raises(CallError) as caught:
             await p.transport.share(p.peers[0], ShareCall(batch=batch, experts=strange), timeout_s=10)
         assert caught.value.failure is CallFailure.INPUTS_GONE
+
+
+async def test_waiting_for_no_real_batch_takes_no_place_of_those_that_are_sent_a_share() -> None:
+    async with pair() as p, grpc.aio.insecure_channel(p.peers[0].address) as channel:
+        ask = channel.unary_stream(SERVICE + "Share")
+        calls = [ask(request(batch=bytes([i]) * 32), timeout=0.5) for i in range(MAX_SHARES + 4)]
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_those_who_ask_at_once_are_sent_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, made, pack_it = threading.Event(), threading.Semaphore(0), server_module._pack
+
+    def gated(*arguments: Any) -> tuple[bytes, bytes]:
+        made.release()
+        assert gate.wait(30)
+        return pack_it(*arguments)
+
+    async with pair() as p:
+        await p.step(0, 1)
+        call = ShareCall(batch=p.servers[0].sharing._batch, experts=RUN.model.expert_ids)
+        monkeypatch.setattr(server_module, "_pack", gated)
+        asking = [asyncio.create_task(p.transport.share(p.peers[0], call, timeout_s=2.5)) for _ in range(6)]
+        async with asyncio.timeout(2):
+            while p.servers[0]._shares.taken < len(asking):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        gate.set()
+        shares = await asyncio.gather(*asking)
+        assert all(share.experts.keys() == shares[0].experts.keys() for share in shares)
+        assert made.acquire(blocking=False)
+        assert not made.acquire(blocking=False), "made once"
 
 
 def forged(state: dict[str, Tensor]) -> list[bytes]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from typing import Any
 
 import pytest
@@ -19,8 +21,15 @@ from moe_net.experts.replicate import average
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.types import ExpertId
 from moe_net.wire.messages import CommitCall
-from moe_net.wire.share import ShareCall, share_from_state
-from moe_peer.sharing import MAX_SKIPPED, MAX_WAIT_S, MAX_WAITING_COMMITS, MIN_WAIT_S
+from moe_net.wire.share import ExpertShare, Share, ShareCall, share_from_state
+from moe_peer.sharing import (
+    MAX_SKIPPED,
+    MAX_WAIT_S,
+    MAX_WAITING_COMMITS,
+    MAX_WAITING_SHARES,
+    MIN_WAIT_S,
+    ShareFiles,
+)
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -288,6 +297,77 @@ async def test_a_caller_that_leaves_does_not_leave_half_a_commit() -> None:
     await swarm.peers["a"].sharing.close()
     assert_equal(a, b)
     assert a.commit(call).repeated
+
+
+async def test_a_stranger_who_asks_for_no_real_batch_does_not_keep_replicas_out() -> None:
+    swarm = Swarm()
+    host = swarm.add("a")
+    sharing = swarm.peers["a"].sharing
+    call = CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens)
+    batch = hashlib.sha256(json.dumps([["t", 0, call.tokens]]).encode()).digest()
+
+    def asks(caller: str, batch: bytes) -> asyncio.Task[Share]:
+        return asyncio.create_task(sharing.answer(ShareCall(batch=batch, experts=ALL), caller=caller))
+
+    partners = [asks(f"partner {i}", batch) for i in range(4)]
+    strangers = [asks("stranger", bytes([i]) * 32) for i in range(3 * MAX_WAITING_SHARES)]
+    partners += [asks(f"late partner {i}", batch) for i in range(4)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert len(sharing._waiting) == MAX_WAITING_SHARES
+    assert sum(task.done() for task in strangers) == 2 * MAX_WAITING_SHARES + 8
+    with pytest.raises(BusyError, match="32 wait for a step to end"):
+        await strangers[0]
+    backward(host, 0, 1)
+    await sharing.commit(call)
+    assert all(share.origin == host.origin for share in await asyncio.gather(*partners))
+    for task in strangers:
+        task.cancel()
+    await asyncio.gather(*strangers, return_exceptions=True)
+    assert not sharing._waiting
+
+
+async def test_one_file_is_made_for_all_who_are_sent_it_and_few_others_are_there() -> None:
+    """Sixteen callers had sixteen copies of the same hundred megabytes made."""
+    gate, made = asyncio.Event(), 0
+
+    async def make(share: Share) -> tuple[bytes, bytes]:
+        nonlocal made
+        made += 1
+        await gate.wait()
+        return bytes(len(share.experts)), b""
+
+    files = ShareFiles(make, n_experts=2)
+    entered = asyncio.Semaphore(0)
+    leave = asyncio.Event()
+
+    def share(*indices: int) -> Share:
+        one = ExpertShare(rows=1, rows_before=0, g_in=torch.zeros(1), g_out=torch.zeros(1))
+        return Share(origin=1, clock=1, experts={ExpertId(0, index): one for index in indices})
+
+    async def use(which: Share) -> bytes:
+        async with files.of(b"batch", which) as (data, _):
+            entered.release()
+            await leave.wait()
+            return data
+
+    users = [asyncio.create_task(use(share(0, 1))) for _ in range(16)]
+    gone = [asyncio.create_task(use(share(0, 2))) for _ in range(3)]
+    users += [asyncio.create_task(use(share(index))) for index in range(4)]
+    await asyncio.sleep(0)
+    for task in gone:
+        task.cancel()
+    await asyncio.gather(*gone, return_exceptions=True)
+    with pytest.raises(BusyError, match="8 experts are on their way, at most 8 may be"):
+        await use(share(4))
+    gate.set()
+    for _ in users:
+        await entered.acquire()
+    assert made == 6
+    leave.set()
+    files_of = await asyncio.gather(*users)
+    assert all(data is files_of[0] for data in files_of[:16])
+    assert not files._files
 
 
 async def test_callers_that_leave_before_their_turn_leave_nothing_behind_and_few_may_wait() -> None:

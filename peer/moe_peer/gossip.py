@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from moe_peer.device import DeviceThread
 
 log = logging.getLogger(__name__)
 
+MAX_QUIET_S = 30.0
+"""Between two meetings of replicas at which nothing happens. (What a peer learns from others than us it has from who
+made the steps; this is for what got lost on the way.)"""
 TIME_SHARE = 0.1
 """Of a peer's time, for meetings that it begins: replicas that meet seldom learn apart. At 50 steps between meetings
 two that share the calls of one trainer had 5 % more loss than one."""
@@ -150,8 +154,13 @@ class Replicator:
             n_bytes=n_bytes,
             took_s=clock_s() - began_s,
         )
-        log.info(
-            "averaged %d experts of layer %d with %s: %.3g apart", len(head.indices), head.layer, head.peer_id, apart
+        log.log(
+            logging.INFO if apart else logging.DEBUG,
+            "averaged %d experts of layer %d with %s: %.3g apart",
+            len(head.indices),
+            head.layer,
+            head.peer_id,
+            apart,
         )
         self._on_meeting(meeting)
 
@@ -174,33 +183,46 @@ class Replicator:
             raise WireError(f"data: no mean: {error}") from error
         return mean, divergence(ours, theirs)
 
-    def _replace(self, layer: int, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    def _replace(self, layer: int, old: dict[str, Tensor], new: dict[str, Tensor]) -> bool:
         # Other weights cost saved pre-activations and the journal's replay: not for nothing.
-        if old.keys() != new.keys() or not all(torch.equal(value, new[name]) for name, value in old.items()):
+        changed = old.keys() != new.keys() or not all(torch.equal(value, new[name]) for name, value in old.items())
+        if changed:
             self._host.replace_state(layer, new)
+        return changed
 
-    async def meet(self, transport: GrpcTransport, partner: PeerInfo, layer: int, indices: Sequence[int]) -> None:
-        """Average some experts with `partner`, on our initiative. CallError, and nothing changed here, when it does
-        not answer, or badly; BusyError when the layer is in an exchange."""
+    async def meet(self, transport: GrpcTransport, partner: PeerInfo, layer: int, indices: Sequence[int]) -> bool:
+        """Average some experts with `partner`, on our initiative; whether that changed ours. CallError, and nothing
+        changed here, when it does not answer, or badly; BusyError when the layer is in an exchange."""
         with self._layer(layer):
             head = ExchangeHead(peer_id=self._peer_id, layer=layer, indices=tuple(indices))
             sent = await self._device.run(self._host.fetch, layer, head.indices, with_sums=False)
             limit_s = patience_s(sum(value.nbytes for value in sent.values()))
             mean = await transport.exchange(partner, head, sent, timeout_s=limit_s)
             try:
-                await self._device.run(self._adopt, head, sent, mean)
+                return await self._device.run(self._adopt, head, sent, mean)
             except CheckpointError as error:
                 raise CallError(CallFailure.REFUSED, partner.peer_id, f"a mean that is no state: {error}") from error
 
-    def _adopt(self, head: ExchangeHead, sent: dict[str, Tensor], mean: dict[str, Tensor]) -> None:
+    def _adopt(self, head: ExchangeHead, sent: dict[str, Tensor], mean: dict[str, Tensor]) -> bool:
         self._host.check_state(head.layer, mean)
         now = self._host.fetch(head.layer, head.indices, with_sums=False)
-        self._replace(head.layer, now, rebase(mean, now, sent, own=self._host.origin))
+        return self._replace(head.layer, now, rebase(mean, now, sent, own=self._host.origin))
+
+
+@dataclass(frozen=True, slots=True)
+class _Quiet:
+    """A partner and layer that had nothing new for us."""
+
+    versions: tuple[int, ...]
+    """Of our experts, then."""
+    pause_s: float
+    until_s: float
 
 
 class Gossip:
     """Every `every_s` seconds one partner, in turn, and every layer shared with it; seldomer where meeting takes long,
-    so that it has no more than `TIME_SHARE` of the time. Use with `async with`."""
+    so that it has no more than `TIME_SHARE` of the time, and where nothing happens: a layer that a meeting left as it
+    was waits for twice as long each time, until our experts make a step. Use with `async with`."""
 
     def __init__(
         self,
@@ -211,6 +233,7 @@ class Gossip:
         *,
         peer_id: str,
         every_s: float,
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._replicator = replicator
         self._transport = transport
@@ -218,6 +241,9 @@ class Gossip:
         self._view = view
         self._peer_id = peer_id
         self._every_s = every_s
+        self._clock_s = clock_s
+        self._host = host
+        self._quiet: dict[tuple[str, int], _Quiet] = {}
         self._last_partner = ""
         self._task: asyncio.Task[None] | None = None
 
@@ -259,10 +285,24 @@ class Gossip:
         for layer in sorted({expert.layer for expert in shared}):
             try:
                 indices = sorted(expert.index for expert in shared if expert.layer == layer)
-                await self._replicator.meet(self._transport, partner, layer, indices)
+                await self._meet(partner, layer, indices)
             except BusyError as error:
                 log.debug("no exchange with %s: %s", partner.peer_id, error)
             except CallError as error:
                 log.log(logging.DEBUG if error.failure is CallFailure.BUSY else logging.WARNING, "exchange: %s", error)
                 if error.failure is not CallFailure.BUSY:
                     return
+
+    async def _meet(self, partner: PeerInfo, layer: int, indices: Sequence[int]) -> None:
+        """Unless nothing has happened here since it had nothing new, and that is not long ago."""
+        now_s = self._clock_s()
+        versions = tuple(self._host.versions[layer][index] for index in indices)
+        key = (partner.peer_id, layer)
+        quiet = self._quiet.pop(key, None)
+        if quiet is not None and quiet.versions == versions and now_s < quiet.until_s:
+            self._quiet[key] = quiet
+            return
+        if not await self._replicator.meet(self._transport, partner, layer, indices):
+            before_s = quiet.pause_s if quiet is not None and quiet.versions == versions else self._every_s / 2
+            pause_s = min(2 * before_s, MAX_QUIET_S)
+            self._quiet[key] = _Quiet(versions, pause_s, now_s + pause_s)

@@ -431,7 +431,7 @@ async def test_gossip_meets_the_larger_ids_in_turn_every_shared_layer_and_nobody
             PeerInfo(peer_id="d", address="127.0.0.1:1", experts=(ExpertId(7, 7),)),
         ]
         view = View([p.peer_a, p.peer_b, *others])
-        gossip = Gossip(p.server_a.replicator, p.transport, p.a, lambda: view, peer_id="a", every_s=0.01)
+        gossip = Gossip(p.server_a.replicator, p.transport, p.a, lambda: view, peer_id="a", every_s=0.0)
         turns: list[str] = []
         for _ in range(3):
             partner = gossip.next_partner()
@@ -446,3 +446,36 @@ async def test_gossip_meets_the_larger_ids_in_turn_every_shared_layer_and_nobody
         async with gossip, asyncio.timeout(30):
             while not same(p.a.everything(), p.b.everything()):  # noqa: ASYNC110
                 await asyncio.sleep(0)
+
+
+async def test_replicas_at_which_nothing_happens_meet_seldomer_until_something_does() -> None:
+    async with pair() as p:
+        view = View([p.peer_a, p.peer_b])
+        gossip = Gossip(p.server_a.replicator, p.transport, p.a, lambda: view, peer_id="a", every_s=1000.0)
+        for _ in range(3):
+            await gossip.turn()
+        assert [m.layer for m in p.met] == [0, 1], "both are fresh: once was enough"
+        learn(p.b, {0: 3}, seed=1)
+        await gossip.turn()
+        assert len(p.met) == 2, "nothing happened here, and it is not long ago"
+        learn(p.a, {1: 3}, seed=2)
+        await gossip.turn()
+        assert [m.layer for m in p.met] == [0, 1, 0, 1]
+        assert same(p.a.everything(), p.b.everything())
+        await gossip.turn()
+        assert [m.layer for m in p.met] == [0, 1, 0, 1, 0], "what has changed us once may do so again"
+
+
+async def test_the_pause_grows_to_its_bound() -> None:
+    async with pair() as p:
+        view, now_s = View([p.peer_a, p.peer_b]), 0.0
+        gossip = Gossip(
+            p.server_a.replicator, p.transport, p.a, lambda: view, peer_id="a", every_s=8.0, clock_s=lambda: now_s
+        )
+        met_at_s: list[float] = []
+        for turn in range(75):
+            now_s, before = 2.0 * turn, len(p.met)
+            await gossip.turn()
+            if len(p.met) > before:
+                met_at_s.append(now_s)
+        assert met_at_s == [0, 8, 24, 54, 84, 114, 144]

@@ -174,6 +174,6 @@ def check_rows(rows: RoutedRows, *, d_model: int, n_experts: int) -> None:
     """Rows that passed the codec fit this model: WireError for another width or an expert it does not have."""
     if rows.x_RD.shape[1] != d_model:
         raise WireError(f"x: rows of {rows.x_RD.shape[1]} columns, the run has d_model={d_model}")
-    highest = int(rows.expert_index_P.numpy().max())  # torch's takes twice as long when the caches are cold
+    highest = int(rows.expert_index_P.max())
     if highest >= n_experts:
         raise WireError(f"expert_index: {highest}, but each layer has n_experts={n_experts}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_net.errors import CheckpointError
-from moe_net.experts.checks import dispatch_bytes
+from moe_net.experts.checks import pairs_bytes
 from moe_net.experts.init import init_expert
 from moe_net.experts.lineage import Lineage
 from moe_net.experts.update import StackedAdamW
@@ -40,7 +40,7 @@ def memory_bytes(n_experts: int, shape: ExpertShape, *, compute_bytes: int = 0) 
 
 
 AT_ONCE_BYTES = 512 * 2**20
-"""On a CPU more rows than take so much (`checks.dispatch_bytes`) run one part after the other, unless pre-activations
+"""On a CPU more rows than take so much (`checks.pairs_bytes`) run one part after the other, unless pre-activations
 are kept. Products of so many rows gain nothing by still more."""
 
 
@@ -202,7 +202,7 @@ class ExpertBank:
     def _pieces(self, slots_RK: Tensor) -> list[slice]:
         """Rows that run one part after the other; none: all at once. The same rows always in the same parts."""
         n_rows, most = slots_RK.shape
-        at_once = max(1, AT_ONCE_BYTES // max(1, dispatch_bytes(1, most, self.shape)))
+        at_once = max(1, AT_ONCE_BYTES // max(1, pairs_bytes(1, most, self.shape)))
         if self.device.type != "cpu" or n_rows <= at_once:
             return []
         return [slice(first, first + at_once) for first in range(0, n_rows, at_once)]

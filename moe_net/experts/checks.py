@@ -48,10 +48,11 @@ def check_shapes(rows: RoutedRows, d_model: int) -> None:
         raise WireError(f"experts_per_row sums to {total}, but there are {n_pairs} pairs")
 
 
-def dispatch_bytes(n_rows: int, most_experts: int, shape: ExpertShape) -> int:
+def pairs_bytes(n_rows: int, most_experts: int, shape: ExpertShape) -> int:
     """What rows take beside themselves while they run: of every (row, expert) pair its pre-activations and what the
     expert made of the row, in fp32. Rows with fewer experts than the others are filled up: some kernels make room for
-    that as well."""
+    that as well. A bound for admission, whatever runs them; what a GPU's dispatch really takes is counted in
+    `kernels.memory`."""
     return n_rows * most_experts * (shape.d_model + shape.d_hidden) * 4
 
 
@@ -63,7 +64,7 @@ def most_experts(rows: RoutedRows) -> int:
 def check_cost(rows: RoutedRows, shape: ExpertShape, limit_bytes: int) -> None:
     """LimitError when one call takes too much at once: a row is small beside what 64 experts make of it."""
     n_rows, most = rows.x_RD.shape[0], most_experts(rows)
-    if (n_bytes := dispatch_bytes(n_rows, most, shape)) > limit_bytes:
+    if (n_bytes := pairs_bytes(n_rows, most, shape)) > limit_bytes:
         raise LimitError(
             f"experts_per_row: {n_rows} rows of up to {most} experts take {n_bytes} bytes at once with d_model "
             f"{shape.d_model} and d_ff {shape.d_ff}, the limit is {limit_bytes}"

@@ -65,13 +65,13 @@ class ExpertHost:
         cache_bytes: int = 256 * MIB,
         reply_bytes: int = 64 * MIB,
         journal_bytes: int = 256 * MIB,
-        dispatch_bytes: int = 3072 * MIB,
+        pairs_bytes: int = 3072 * MIB,
         book: CallBook[RoutedRows, BankSaved, BackwardAnswer] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`cache_bytes` for inputs that wait for their Backward, `reply_bytes` for answers that a retry may ask for.
         `journal_bytes` for the calls whose gradients a trainer may still want taken out, and those added beside them.
-        `dispatch_bytes` for what a call, or calls that run together, take beside their rows (`checks.dispatch_bytes`):
+        `pairs_bytes` for what a call, or calls that run together, take beside their rows (`checks.pairs_bytes`):
         2048 rows of 8 experts as wide as Mixtral's take 2 GiB.
         `book`: a book with limits of its own, instead of these. `clock`, in seconds: when trainers were heard of.
         ValueError when there is no bank, or the banks'
@@ -84,7 +84,7 @@ class ExpertHost:
         self._banks = dict(sorted(banks.items()))
         self.shape: ExpertShape = shapes.pop()
         self._book = book or CallBook(cache_bytes=cache_bytes, reply_bytes=reply_bytes)
-        self._dispatch_bytes = dispatch_bytes
+        self._pairs_bytes = pairs_bytes
         self._clock = clock
         self._journal: Journal[RoutedRows, Tensor] = Journal(limit_bytes=journal_bytes)
         self._voiding = Voiding(self._banks, self._journal, self._part)
@@ -148,7 +148,7 @@ class ExpertHost:
                     twins[position] = twin
             except (ExpertCallError, WireError) as error:
                 answers[position] = error
-        for together in fitting(list(parts.values()), self.shape, self._dispatch_bytes):
+        for together in fitting(list(parts.values()), self.shape, self._pairs_bytes):
             self._run_forward(calls, together, answers)
         for position, twin in twins.items():
             answer = answers[twin.position]
@@ -219,9 +219,9 @@ class ExpertHost:
                 parts[call.call_id] = part
             except (ExpertCallError, WireError) as error:
                 answers[position] = error
-        for together in fitting(adding, self.shape, self._dispatch_bytes):
+        for together in fitting(adding, self.shape, self._pairs_bytes):
             self._run_backward(calls, together, saved if len(adding) == 1 else None, answers, accumulate=True)
-        for together in fitting(repeating, self.shape, self._dispatch_bytes):
+        for together in fitting(repeating, self.shape, self._pairs_bytes):
             self._run_backward(calls, together, None, answers, accumulate=False)
         for position, twin in twins.items():
             answer = answers[twin.position]
@@ -422,7 +422,7 @@ class ExpertHost:
 
     def check_cost(self, rows: RoutedRows) -> None:
         """LimitError when a call with these takes more than one may at once; any thread may ask."""
-        check_cost(rows, self.shape, self._dispatch_bytes)
+        check_cost(rows, self.shape, self._pairs_bytes)
 
     def check_hosted(self, layer: int, indices: Sequence[int]) -> None:
         """UnknownExpertError when one of them is not; any thread may ask."""

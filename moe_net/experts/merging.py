@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_net.experts.callbook import CallFacts
-from moe_net.experts.checks import dispatch_bytes, most_experts
+from moe_net.experts.checks import most_experts, pairs_bytes
 from moe_net.types import ExpertShape
 from moe_net.wire.messages import RoutedRows
 
@@ -62,7 +62,7 @@ def fitting(parts: Sequence[Part], shape: ExpertShape, limit_bytes: int) -> Iter
     n_rows, most = 0, 1
     for part in parts:
         own_rows, own_most = part.facts.n_rows, most_experts(part.rows)
-        if together and dispatch_bytes(n_rows + own_rows, max(most, own_most), shape) > limit_bytes:
+        if together and pairs_bytes(n_rows + own_rows, max(most, own_most), shape) > limit_bytes:
             yield together
             together, n_rows, most = [], 0, 1
         n_rows, most = n_rows + own_rows, max(most, own_most)

@@ -112,7 +112,7 @@ class Outlook:
         gone = frozenset(p for p in view.peers if p in owing or not self.usable(p))
         known = self._filtered  # read once: other threads ask, too
         if known is None or known[0] is not view or known[1] != gone:
-            # By every call of a trainer, and a view takes a millisecond for each hundred experts of those that go.
+            # Every call of a trainer asks, and without a peer of a thousand experts a view takes 0.75 ms to make.
             known = self._filtered = (view, gone, view.without(gone))
         return known[2]
 

@@ -87,7 +87,7 @@ def array_memory(array: npt.NDArray[Any]) -> memoryview:
     return array.data.cast("B") if array.size else memoryview(b"")
 
 
-# torch says once in a process that it cannot keep anybody from writing to read-only memory. It is said above.
+# torch warns, once in a process, that it cannot keep anybody from writing to memory that is read-only: see `decode`.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)

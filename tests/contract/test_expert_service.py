@@ -140,7 +140,7 @@ async def test_each_refusal_has_its_status_and_its_reason(what: str) -> None:
 @pytest.mark.parametrize("method", ["Forward", "Backward"])
 async def test_a_call_that_costs_too_much_is_refused_before_it_waits(method: str) -> None:
     """One valid message of 30 MiB, of many experts per row, took four gigabytes."""
-    host = ExpertHost(make_banks(RUN, HOSTED), dispatch_bytes=5 * 2 * (D + 2 * 6) * 4 - 1)
+    host = ExpertHost(make_banks(RUN, HOSTED), pairs_bytes=5 * 2 * (D + 2 * 6) * 4 - 1)
     call = forward_call()
     async with serving(host) as (server, client):
         if method == "Forward":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from processes import READY_S, RUN, SEQ_LEN, SEQUENCES, peer_spec, start_coordinator, trainer_spec
@@ -89,20 +91,29 @@ async def test_a_peer_with_the_only_replica_dies_and_its_experts_are_masked(tmp_
     assert done["sample"].startswith("def ")
 
 
-async def test_a_trainer_left_without_experts_waits_for_the_next_peer(tmp_path: Path) -> None:
-    children: dict[str, Child] = {}
+@asynccontextmanager
+async def left_without_peers(
+    tmp_path: Path, steps: int, *settings: object
+) -> AsyncIterator[tuple[Supervisor, str, Child, Path]]:
+    """(supervisor, address to join by, a trainer whose only peer was killed after step 4, what it writes)."""
+    peers: list[Child] = []
 
     def on_event(child: Child, event: dict[str, object]) -> None:
         if child.name == "trainer" and event["event"] == "step" and event["step"] == 4:
-            children["first"].kill()
+            peers[0].kill()
 
     out = tmp_path / "out"
     async with Supervisor(tmp_path / "logs", on_event=on_event) as supervisor:
         _, join = await start_coordinator(supervisor, tmp_path)
-        children["first"] = await supervisor.start(peer_spec("first", join))
-        await children["first"].ready(READY_S)
-        trainer = await supervisor.start(trainer_spec(join, out, 12))
-        await children["first"].wait()
+        peers.append(await supervisor.start(peer_spec("first", join)))
+        await peers[0].ready(READY_S)
+        trainer = await supervisor.start(trainer_spec(join, out, steps, *settings))
+        await peers[0].wait()
+        yield supervisor, join, trainer, out
+
+
+async def test_a_trainer_left_without_experts_waits_for_the_next_peer(tmp_path: Path) -> None:
+    async with left_without_peers(tmp_path, 12) as (supervisor, join, trainer, out):
         second = await supervisor.start(peer_spec("second", join))
         await second.ready(READY_S)
         assert await trainer.wait() == 0, trainer.report("failed")
@@ -112,19 +123,8 @@ async def test_a_trainer_left_without_experts_waits_for_the_next_peer(tmp_path: 
 
 
 async def test_what_a_trainer_has_learned_is_kept_when_its_last_peer_does_not_come_back(tmp_path: Path) -> None:
-    children: dict[str, Child] = {}
-
-    def on_event(child: Child, event: dict[str, object]) -> None:
-        if child.name == "trainer" and event["event"] == "step" and event["step"] == 4:
-            children["only"].kill()
-
-    out = tmp_path / "out"
-    async with Supervisor(tmp_path / "logs", on_event=on_event) as supervisor:
-        _, join = await start_coordinator(supervisor, tmp_path)
-        children["only"] = await supervisor.start(peer_spec("only", join))
-        await children["only"].ready(READY_S)
-        settings = ("--checkpoint-every", "0", "--wait-s", "1")
-        trainer = await supervisor.start(trainer_spec(join, out, 50, *settings))
+    settings = ("--checkpoint-every", "0", "--wait-s", "1")
+    async with left_without_peers(tmp_path, 50, *settings) as (_, _, trainer, out):
         assert await trainer.wait() == 1, trainer.report("ended otherwise")
     made = [r.step for r in read_metrics(out / "metrics.jsonl") if isinstance(r, StepMetrics)]
     assert read_meta(newest_checkpoint(out / "checkpoints")).step == made[-1] + 1 >= 5

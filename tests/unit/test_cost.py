@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_net.errors import LimitError
 from moe_net.experts import bank as bank_module
 from moe_net.experts.bank import ExpertBank
-from moe_net.experts.checks import check_cost, dispatch_bytes
+from moe_net.experts.checks import check_cost, pairs_bytes
 from moe_net.experts.host import ExpertHost
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertShape
@@ -58,14 +58,14 @@ def sums(host: ExpertHost) -> list[Tensor]:
 def test_two_thousand_rows_of_eight_wide_experts_pass_and_three_million_pairs_do_not() -> None:
     wide = ExpertShape(d_model=4096, d_ff=14336)
     new_host().check_cost(rows_of(2048, N_EXPERTS))
-    check_cost(rows_of(2048, 8), wide, new_host()._dispatch_bytes)
+    check_cost(rows_of(2048, 8), wide, new_host()._pairs_bytes)
     with pytest.raises(LimitError, match="65536 rows of up to 51 experts take 4278190080 bytes"):
-        check_cost(rows_of(65536, 51), ExpertShape(d_model=64, d_ff=128), new_host()._dispatch_bytes)
+        check_cost(rows_of(65536, 51), ExpertShape(d_model=64, d_ff=128), new_host()._pairs_bytes)
 
 
 def test_a_row_of_many_experts_does_not_widen_the_rows_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixty rows of an expert each, filled up to as many as one stranger's row has, would take as many times more."""
-    host, alone = new_host(dispatch_bytes=dispatch_bytes(60, 2, SHAPE)), new_host()
+    host, alone = new_host(pairs_bytes=pairs_bytes(60, 2, SHAPE)), new_host()
     ran: list[tuple[int, int]] = []
     forward, backward = ExpertBank.forward, ExpertBank.backward
 
@@ -143,7 +143,7 @@ def test_very_many_pairs_run_one_part_after_the_other(monkeypatch: pytest.Monkey
     (expected,), (expected_back,) = whole.forward_many([asked]), whole.backward_many([backward_of(asked)])
     monkeypatch.setattr(bank_module, "moe_ffn_forward", noting_forward)
     monkeypatch.setattr(bank_module, "moe_ffn_backward", noting_backward)
-    monkeypatch.setattr(bank_module, "AT_ONCE_BYTES", dispatch_bytes(20, 4, SHAPE))
+    monkeypatch.setattr(bank_module, "AT_ONCE_BYTES", pairs_bytes(20, 4, SHAPE))
     (answer,), (back,) = parts.forward_many([asked]), parts.backward_many([backward_of(asked)])
     assert sizes == [20, 20, 10] * 2
     assert isinstance(answer, ForwardAnswer)

@@ -65,52 +65,58 @@ def _sort_at_once(
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_blocks"])
-def _count(ids_ptr, count_ptr, n_pairs, n_blocks, n_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-    """Counts [E, blocks] of each block's pairs of each expert."""
+def _count(ids_ptr, below_ptr, n_pairs, n_blocks, n_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+    """Counts [E, blocks] of each block's pairs of each expert or one below it."""
     block = tl.program_id(0)
     pair_B = block * BLOCK + tl.arange(0, BLOCK)
+    total = 0
     for first in range(0, n_experts, EXPERTS):
         expert_E = first + tl.arange(0, EXPERTS)
         count_E = tl.sum(_one_hot(ids_ptr, pair_B, n_pairs, n_experts, expert_E), 0)
-        tl.store(count_ptr + expert_E * n_blocks + block, count_E, mask=expert_E < n_experts)
+        below_E = total + tl.cumsum(count_E, 0)
+        tl.store(below_ptr + expert_E * n_blocks + block, below_E, mask=expert_E < n_experts)
+        total += tl.sum(count_E, 0)
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
-def _sum_up(count_ptr, total_ptr, n_blocks, STEP: tl.constexpr):
-    """An expert's counts become those of all blocks before; and its total."""
+def _sum_up(below_ptr, first_ptr, end_ptr, bound_ptr, n_blocks, STEP: tl.constexpr):
+    """The place [E, blocks] of an expert's first pair in each block, and where its pairs end.
+
+    A sum over all blocks of pairs below an expert is where its own begin: no sum over experts is left to do.
+    """
     expert = tl.program_id(0)
-    total = 0
+    start = 0
+    end = 0
     for first in range(0, n_blocks, STEP):
         block_S = first + tl.arange(0, STEP)
-        at_S = count_ptr + expert * n_blocks + block_S
-        count_S = tl.load(at_S, mask=block_S < n_blocks, other=0)
-        tl.store(at_S, total + tl.cumsum(count_S, 0) - count_S, mask=block_S < n_blocks)
-        total += tl.sum(count_S, 0)
-    tl.store(total_ptr + expert, total)
+        known_S = block_S < n_blocks
+        start += tl.sum(tl.load(below_ptr + (expert - 1) * n_blocks + block_S, mask=known_S & (expert > 0), other=0), 0)
+    for first in range(0, n_blocks, STEP):
+        block_S = first + tl.arange(0, STEP)
+        known_S = block_S < n_blocks
+        at_S = expert * n_blocks + block_S
+        count_S = tl.load(below_ptr + at_S, mask=known_S, other=0)
+        count_S -= tl.load(below_ptr + at_S - n_blocks, mask=known_S & (expert > 0), other=0)
+        tl.store(first_ptr + at_S, start + end + tl.cumsum(count_S, 0) - count_S, mask=known_S)
+        end += tl.sum(count_S, 0)
+    tl.store(end_ptr + expert, start + end)
+    tl.store(bound_ptr + 1 + expert, start + end)
+    if expert == 0:
+        tl.store(bound_ptr, 0)
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_blocks"])
 def _put(
-    ids_ptr, before_ptr, total_ptr, pair_ptr, row_ptr, place_ptr, end_ptr, bound_ptr,
-    n_pairs, n_blocks, n_experts, n_choices, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
-):  # fmt: skip
-    """A pair's place: pairs of lower experts, of its own in blocks before, and of its own before it in its block."""
+    ids_ptr, first_ptr, pair_ptr, row_ptr, place_ptr, n_pairs, n_blocks, n_experts, n_choices, BLOCK: tl.constexpr
+):
+    """A pair's place: that of its expert's first pair in its block, and those of its own before it there."""
     block = tl.program_id(0)
     at_B = tl.arange(0, BLOCK)
     pair_B = block * BLOCK + at_B
     id_B = tl.load(ids_ptr + pair_B, mask=pair_B < n_pairs, other=-1).to(tl.int32)
     known_B = (id_B >= 0) & (id_B < n_experts)
     same_BB = (id_B[:, None] == id_B[None, :]) & (at_B[None, :] < at_B[:, None])
-    place_B = tl.sum(same_BB.to(tl.int32), 1)
-    place_B += tl.load(before_ptr + id_B * n_blocks + block, mask=known_B, other=0)
-    total = 0
-    for first in range(0, n_experts, EXPERTS):
-        expert_E = first + tl.arange(0, EXPERTS)
-        total_E = tl.load(total_ptr + expert_E, mask=expert_E < n_experts, other=0)
-        place_B += tl.sum(tl.where(expert_E[None, :] < id_B[:, None], total_E[None, :], 0), 1)
-        if block == 0:
-            _store_ends(total + tl.cumsum(total_E, 0), expert_E, n_experts, end_ptr, bound_ptr)
-            total += tl.sum(total_E, 0)
+    place_B = tl.load(first_ptr + id_B * n_blocks + block, mask=known_B, other=0) + tl.sum(same_BB.to(tl.int32), 1)
     _store_places(place_B, known_B, pair_B, n_pairs, n_choices, pair_ptr, row_ptr, place_ptr)
 
 
@@ -133,13 +139,10 @@ def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:
         )  # fmt: skip
         return Routing(pair_P, row_P, place_P, end_E, bound_B)
     n_blocks = ceil_div(n_pairs, _BLOCK)
-    count = torch.empty((n_experts, n_blocks), dtype=torch.int32, device=ids_P.device)
-    total_E = torch.empty_like(end_E)
-    chunk = min(_EXPERTS, experts)
-    _count[(n_blocks,)](ids_P, count, n_pairs, n_blocks, n_experts, _BLOCK, chunk, num_warps=4)
-    _sum_up[(n_experts,)](count, total_E, n_blocks, min(_STEP, power_of_2(n_blocks)), num_warps=4)
+    below, first = torch.empty((2, n_experts, n_blocks), dtype=torch.int32, device=ids_P.device)
+    _count[(n_blocks,)](ids_P, below, n_pairs, n_blocks, n_experts, _BLOCK, min(_EXPERTS, experts), num_warps=4)
+    _sum_up[(n_experts,)](below, first, end_E, bound_B, n_blocks, min(_STEP, power_of_2(n_blocks)), num_warps=4)
     _put[(n_blocks,)](
-        ids_P, count, total_E, pair_P, row_P, place_P, end_E, bound_B, n_pairs, n_blocks, n_experts, n_choices,
-        _BLOCK, chunk, num_warps=4,
-    )  # fmt: skip
+        ids_P, first, pair_P, row_P, place_P, n_pairs, n_blocks, n_experts, n_choices, _BLOCK, num_warps=1
+    )
     return Routing(pair_P, row_P, place_P, end_E, bound_B)

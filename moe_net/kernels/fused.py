@@ -78,7 +78,10 @@ def backward(
     del h_PH
 
     def rows_back() -> tuple[Tensor, Tensor]:
+        nonlocal dh_PH
         dx_PD = products.rows(dh_PH, weights.w_in_EDH.transpose(1, 2), routing)
+        if early is None:
+            del dh_PH  # Its last use, and the peak: gone before there is a dx.
         dx_TD, dgates_TK = rows.combine(dx_PD, routing, (n_tokens, n_choices), None, partial_PN)
         assert dgates_TK is not None
         return dx_TD, dgates_TK.to(gates_TK.dtype)
@@ -87,11 +90,15 @@ def backward(
     if early is not None:
         back = rows_back()
         early()
-    new = WeightGrads(torch.empty_like(weights.w_in_EDH), torch.empty_like(weights.w_out_EFD)) if fresh else None
-    for grads in (sums, new):
-        if grads is not None:
-            add = grads is sums
-            products.weights(a_PF, dy_TD, grads.w_out_EFD, routing, n_choices, gather="b", add=add)
-            products.weights(x_TD, dh_PH, grads.w_in_EDH, routing, n_choices, gather="a", add=add)
+    # One gradient after the other, and what only the first one needs gone before the second one is there.
+    dw_out_EFD = torch.empty_like(weights.w_out_EFD) if fresh else None
+    for out_EFD, add in ((dw_out_EFD, False), (sums and sums.w_out_EFD, True)):
+        if out_EFD is not None:
+            products.weights(a_PF, dy_TD, out_EFD, routing, n_choices, gather="b", add=add)
     del a_PF
+    dw_in_EDH = torch.empty_like(weights.w_in_EDH) if fresh else None
+    for out_EDH, add in ((dw_in_EDH, False), (sums and sums.w_in_EDH, True)):
+        if out_EDH is not None:
+            products.weights(x_TD, dh_PH, out_EDH, routing, n_choices, gather="a", add=add)
+    new = None if dw_in_EDH is None or dw_out_EFD is None else WeightGrads(dw_in_EDH, dw_out_EFD)
     return *(back or rows_back()), new

@@ -89,7 +89,10 @@ def backward(
     del h_PH
 
     def rows_back() -> Tensor:
+        nonlocal dh_PH
         dx_PD = F.grouped_mm(dh_PH, weights.w_in_EDH.transpose(1, 2), offs=end_E)
+        if early is None:
+            del dh_PH  # Its last use, and the peak: gone before there is a dx.
         return rows.combine(dx_PD, routing, (n_tokens, n_choices), None)[0]
 
     dx_TD = None

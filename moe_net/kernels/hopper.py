@@ -140,11 +140,14 @@ def backward(
     )  # fmt: skip
     if saved is not None:
         saved.release()
-    del h_PH
+    del h_PH, gate_P
 
     def rows_back() -> tuple[Tensor, Tensor]:
+        nonlocal dh_PH
         dx_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
         _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, weights, cu_seqlens_m=bound_B, concat_layout=("B",))
+        if early is None:
+            del dh_PH  # Its last use, and the peak: gone before there is a dx.
         dx_TD, dgates_TK = rows.combine(dx_PD, routing, (n_tokens, n_choices), None, dgate_P.unsqueeze(1))
         assert dgates_TK is not None
         return dx_TD, dgates_TK.to(gates_TK.dtype)
@@ -153,12 +156,17 @@ def backward(
     if early is not None:
         back = rows_back()
         early()
-    new = WeightGrads(torch.empty_like(w_in_EDH), torch.empty_like(w_out_EFD)) if fresh else None
-    for grads in (new, sums):
-        if grads is not None:
-            options = {"cu_seqlens_k": bound_B, "A_idx": row_P, "add_to_output": grads is sums}
-            # dw_out as its transpose: the gathered rows come first.
-            _gemm("weights out", dy_TD.t(), a_PF, grads.w_out_EFD.transpose(1, 2), weights, **options)
-            _gemm("weights in", x_TD.t(), dh_PH, grads.w_in_EDH, weights, concat_layout=("out",), **options)
+    options = {"cu_seqlens_k": bound_B, "A_idx": row_P}
+    # One gradient after the other, and what only the first one needs gone before the second one is there.
+    dw_out_EFD = torch.empty_like(w_out_EFD) if fresh else None
+    for out_EFD, add in ((dw_out_EFD, False), (sums and sums.w_out_EFD, True)):
+        if out_EFD is not None:
+            # As its transpose: the gathered rows come first.
+            _gemm("weights out", dy_TD.t(), a_PF, out_EFD.transpose(1, 2), weights, add_to_output=add, **options)
     del a_PF
+    dw_in_EDH = torch.empty_like(w_in_EDH) if fresh else None
+    for out_EDH, add in ((dw_in_EDH, False), (sums and sums.w_in_EDH, True)):
+        if out_EDH is not None:
+            _gemm("weights in", x_TD.t(), dh_PH, out_EDH, weights, concat_layout=("out",), add_to_output=add, **options)
+    new = None if dw_in_EDH is None or dw_out_EFD is None else WeightGrads(dw_in_EDH, dw_out_EFD)
     return *(back or rows_back()), new

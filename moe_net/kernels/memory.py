@@ -46,7 +46,7 @@ def dispatch_bytes(
             h_PH + a_PF + row_PD + h_PH + gates,
             row_PD + a_PF + h_PH + gates + dw_out,
             h_PH + gates + dw_out + row_PD + dw_in,
-            h_PH + gates + (dw_out + dw_in) * fresh + row_PD + y_TD,
+            gates + (dw_out + dw_in) * fresh + row_PD + max(h_PH, y_TD),
             early * (2 * row_PD + a_PF + h_PH + gates + y_TD),
         ]
     elif backend in ("triton", "quack"):
@@ -55,8 +55,8 @@ def dispatch_bytes(
         moments = [
             h_PH + a_PF + row_PD,
             h_PH + h_PH + a_PF + partial,
-            h_PH + a_PF + partial + new,
-            h_PH + partial + new + row_PD + y_TD + gates,
+            h_PH + a_PF + partial + dw_out * fresh,
+            partial + new + row_PD + max(h_PH, y_TD + gates),
             early * (h_PH + a_PF + partial + row_PD + y_TD + gates),
         ]
     else:

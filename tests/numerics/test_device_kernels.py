@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from allocations import peak_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, TOLERANCE, make_case
@@ -66,24 +67,37 @@ def test_memory_is_known_for_the_gpu_backends_alone() -> None:
         dispatch_bytes(1, 1, 1, ExpertShape(d_model=8, d_ff=8), item_bytes=2, backend="loop", fresh=True)
 
 
-@pytest.mark.parametrize("early", [None, lambda: None])
-@pytest.mark.parametrize("backend", ["grouped", "triton"] if DEVICE == "cuda" else [])
-def test_a_dispatch_takes_the_memory_that_planning_counts_on(backend: str, early: Callable[[], None] | None) -> None:
-    t, k, e, d, f = 3000, 4, 8, 512, 640
+# T, K, E, D, F: rows that weigh more than weights do, so that most is held where their gradients are made, at the end;
+# and wide experts, where the weights' gradients are most.
+_LONG, _WIDE = ((3000, 2, 2, 512, 256), (3000, 2, 16, 512, 4096)) if DEVICE == "cuda" else (
+    (200, 2, 2, 192, 96), (100, 2, 4, 64, 512)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "early", "fresh"),
+    [(_LONG, None, False), (_LONG, None, True), (_LONG, lambda: None, False), (_WIDE, None, True)],
+)
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+def test_a_dispatch_takes_the_memory_that_planning_counts_on(
+    backend: str,
+    size: tuple[int, int, int, int, int],
+    early: Callable[[], None] | None,
+    fresh: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    t, k, e, d, f = size
+    monkeypatch.setattr(grouped, "_row_functions", lambda x_TD: rows)  # as on a GPU
     case = make_case(0, t=t, k=k, e=e, d=d, f=f, activation=Activation.SWIGLU).to(torch.bfloat16)
     args = (case.x_TD, case.ids_TK.clamp(min=0), case.gates_TK, case.weights)
-    sums = zero_sums(case.weights)
+    sums = None if fresh else zero_sums(case.weights)
 
-    def step() -> None:
-        _, saved = moe_ffn_forward(*args, keep=True, backend=backend)
-        choose(*args[:2], case.weights, backend).backward(case.dy_TD, *args, saved, sums=sums, early=early)
+    def step() -> tuple[object, ...]:
+        y_TD, saved = moe_ffn_forward(*args, keep=True, backend=backend)
+        backward = choose(*args[:2], case.weights, backend).backward
+        return y_TD, backward(case.dy_TD, *args, saved, sums=sums, fresh=fresh, early=early)
 
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    taken = torch.cuda.max_memory_allocated() - before
+    taken = peak_bytes(step)
     shape = ExpertShape(d_model=d, d_ff=f)
-    counted = dispatch_bytes(t, k, e, shape, item_bytes=2, backend=backend, fresh=False, early=early is not None)
+    counted = dispatch_bytes(t, k, e, shape, item_bytes=2, backend=backend, fresh=fresh, early=early is not None)
     assert taken == pytest.approx(counted, rel=0.05)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_quack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, TOLERANCE, make_case, shapes
@@ -63,6 +64,34 @@ def test_hopper_products_stay_within_bf16_rounding(backend: str, shape: dict[str
     shape = shape | {"t": t, "d": 64 if shape["d"] == 8 else 136, "f": 64 if shape["f"] == 8 else 72}
     case = make_case(**shape | {"activation": Activation.SWIGLU, "seed": shape["seed"] // 4 * 4})
     check(case, backend, torch.bfloat16)
+
+
+@given(shape=CASES)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+def test_what_is_done_around_hopper_products_stays_within_bf16_rounding(shape: dict[str, Any]) -> None:
+    shape = shape | {"d": 8 if shape["d"] == 8 else 16, "f": 8 if shape["f"] == 8 else 24}
+    case = make_case(**shape | {"activation": Activation.SWIGLU, "seed": shape["seed"] // 4 * 4})
+    with pytest.MonkeyPatch.context() as patch:
+        torch_quack.install(patch)
+        check(case, "quack", torch.bfloat16)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+def test_hopper_gives_the_same_bits_early_and_late_and_without_pre_activations(
+    keep: bool, fresh: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch_quack.install(monkeypatch)
+    case = make_case(4, t=50, k=2, e=4, d=16, f=24, activation=Activation.SWIGLU).to(torch.bfloat16)
+    args, runs = (case.x_TD, case.ids_TK, case.gates_TK, case.weights), []
+    for early in (None, lambda: None):
+        sums = zero_sums(case.weights)
+        module = choose(*args[:2], case.weights, "quack")
+        _, saved = module.forward(*args, keep=keep)
+        dx, dgates, new = module.backward(case.dy_TD, *args, saved, sums=sums, fresh=fresh, early=early)
+        runs.append((dx, dgates, *sums, *(new or ())))
+    assert len(runs[0]) == (6 if fresh else 4)
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("activation", Activation)

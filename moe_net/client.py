@@ -130,7 +130,7 @@ async def _join(
 ) -> Membership:
     joined = await resolve_join(addresses)
     known = None if joined.manifest_json is None else from_json(RunConfig, joined.manifest_json)
-    # The DHT before the first gRPC channel that stays (design, D1).
+    # The DHT before the first gRPC channel that stays: its daemon is forked, and gRPC does not survive a fork.
     discovery = await DhtDiscovery.create(
         run=name if known is None else known.name, join=joined.dht_addresses, client_mode=True
     )

@@ -1,4 +1,4 @@
-"""The coordinator process: a DHT node, the manifest in the DHT, CoordinatorService. Losing it loses nothing (D13)."""
+"""The coordinator process: a DHT node, the manifest in the DHT, CoordinatorService. Losing it loses nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def _serve_until(stop: asyncio.Event, options: ServeOptions, run: RunConfi
         from moe_net.discovery.join import resolve_join
 
         _, members = await resolve_join(options.join)
-    # The DHT before the gRPC server: its daemon is forked, and gRPC does not survive a fork (D1).
+    # The DHT before the gRPC server: its daemon is forked, and gRPC does not survive a fork.
     discovery = await DhtDiscovery.create(run=run.name, join=members, listen=options.dht_multiaddr)
     try:
         await publish_manifest(discovery, manifest_json, ttl_s=options.manifest_ttl_s)

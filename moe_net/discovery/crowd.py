@@ -15,7 +15,7 @@ from moe_net.discovery.record import Record
 from moe_net.types import ExpertId, PeerInfo
 
 MAX_PEERS = 4096
-"""Peers of one view; the design's largest run has 1000."""
+"""Peers of one view; four times the swarm that `benchmarks/discovery.py` measures."""
 MAX_CLAIMS = 2**18
 """Pairs of a peer and an expert in one view: 64 replicas of each of 4096 experts. A view takes about 0.2 s then."""
 

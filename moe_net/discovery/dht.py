@@ -1,4 +1,4 @@
-"""Discovery in hivemind's DHT, on the caller's loop; with `guard` the only file that imports hivemind (design, D1).
+"""Discovery in hivemind's DHT, on the caller's loop; with `guard` the only file that imports hivemind.
 
 Freshness. All of hivemind's caches are off and a read merges what every replica has, by the latest expiry of each
 entry: a refresh replaces and a withdrawal hides a record as soon as one replica of the shard has it.

@@ -1,4 +1,4 @@
-"""Signed peer records: what a peer says of itself, provable by its key and good until a moment (design, D14).
+"""Signed peer records: what a peer says of itself, provable by its key and good until a moment.
 
 A peer id is the SHA-256 of the peer's Ed25519 public key, so a record proves by itself whose it is. The encoding
 is canonical: there is one sequence of bytes for one record, and whatever differs in a bit is refused.

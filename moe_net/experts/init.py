@@ -1,4 +1,4 @@
-"""Expert weights from a counter-based generator: any peer can be any expert (DESIGN D9).
+"""Expert weights from a counter-based generator: any peer can be any expert.
 
 D model width, F expert width, H columns of the first projection (2F for SwiGLU: gate then up; F for GELU).
 """

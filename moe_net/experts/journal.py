@@ -1,4 +1,4 @@
-"""Which gradients stand in the experts' sums, so that one can be taken out again (DESIGN D5, across replicas).
+"""Which gradients stand in the experts' sums, so that one can be taken out again.
 
 A trainer that could not learn whether a peer had added a gradient sends it to another replica, and its Commit asks the
 first peer to void it. Taking it out must leave the sums as if it had never come, bit for bit. Floating-point addition

@@ -1,4 +1,4 @@
-"""Two replicas of an expert become one again: the arithmetic of their meeting (DESIGN D9). Pure: no clock, no I/O.
+"""Two replicas of an expert become one again: the arithmetic of their meeting. Pure: no clock, no I/O.
 
 A state is that of `ExpertBank.state`: `{layer}.{index}.{field}` -> tensor on the CPU, here of one layer's experts.
 The weight of a side is the number of rows that it has learned, itself or through others, and the other side has not: so

@@ -1,4 +1,4 @@
-"""Accumulate, then step: AdamW over the stacked experts of one bank (DESIGN D6).
+"""Accumulate, then step: AdamW over the stacked experts of one bank.
 
 E experts, D model width, F expert width, H columns of the first projection (2F for SwiGLU: gate then up; F for GELU).
 """

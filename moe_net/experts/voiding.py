@@ -1,4 +1,4 @@
-"""Voided gradients out of the sums of a host's banks, by its journal (DESIGN D5, across replicas).
+"""Voided gradients out of the sums of a host's banks, by its journal.
 
 Sums are made anew when they are looked at next, and not at each void: whoever added one row and voided it, again and
 again, had all trainers' gradients of the step added anew each time, ten seconds for two tiny calls. Until then the sums

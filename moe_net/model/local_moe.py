@@ -18,7 +18,7 @@ from moe_net.types import Activation, ExpertId
 
 
 class LocalMoE(nn.Module):
-    """Router and stacked experts of one layer; the weights are those that peers of the same run start with (D9)."""
+    """Router and stacked experts of one layer; the weights are those that peers of the same run start with."""
 
     def __init__(
         self, config: ModelConfig, layer: int, *, run: str = "demo", seed: int = 0, backend: str | None = None
@@ -51,7 +51,7 @@ class LocalMoE(nn.Module):
         bias_E: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Routing]:
-        """`y = sum_k gate_k E_k(h) / Z` in h's shape and dtype (DESIGN D4), and how it was routed.
+        """`y = sum_k gate_k E_k(h) / Z` in h's shape and dtype, and how it was routed.
 
         A token none of whose pairs ran gets 0, so it passes through the block's residual.
         The keywords are those of `Router.forward`.

@@ -1,5 +1,5 @@
 # pyright: basic
-"""An MoE layer whose experts are somewhere else (design, D4): route here, compute there, combine here.
+"""An MoE layer whose experts are somewhere else: route here, compute there, combine here.
 
 B sequences, S positions, T = B*S tokens, D model width, K experts per token, E experts.
 

@@ -49,7 +49,7 @@ class Routing:
 
 
 def combine_denominator(gates_TK: Tensor, answered_TK: Tensor, mode: str) -> Tensor:
-    """Z of `y = sum_s P_s / Z` (DESIGN D4), shape [T], differentiable in the gates.
+    """Z of `y = sum_s P_s / Z` (P_s: the sum of server s), shape [T], differentiable in the gates.
 
     "normalized": the sum of the gates over the pairs that answered; pairs dropped by capacity did not. (GShard
     divides before it drops, so there a dropped second choice shrinks the token's output; here it does not.)
@@ -146,8 +146,8 @@ class Router(nn.Module):
     ) -> Routing:
         """Route the tokens of B sequences; the results are flat, token (b, s) in row `b * S + s`.
 
-        Both the top-k and the softmax are over the live experts only (D7): a dead expert takes no probability, so
-        raw gates are those of a router that never had it. Top-k picks by `logit + balance_bias_E + bias_E` (D8); the
+        Both the top-k and the softmax are over the live experts only: a dead expert takes no probability, so
+        raw gates are those of a router that never had it. Top-k picks by `logit + balance_bias_E + bias_E`; the
         bias is in no gate and in no loss. If fewer than K experts live, the last choices are -1.
 
         Capacity: `capacity_factor` in training, `eval_capacity_factor` in evaluation, 0 for none. With

@@ -1,7 +1,7 @@
 """Which replica runs which expert's rows. Pure and deterministic.
 
 Every server that a layer uses costs one call, and every token's row is sent once to each server that hosts any of
-its experts (design, D3): so few servers that cover all experts. That is set cover; the greedy choice is within a factor
+its experts: so few servers that cover all experts. That is set cover; the greedy choice is within a factor
 1 + ln(E) of the fewest (Chvatal, 1979). It goes by experts and not by rows: these change with every batch, and replicas
 that take turns learn apart (two of four servers with half the experts each: 0.8 % more loss).
 """

@@ -1,4 +1,4 @@
-"""What slow experts lose in the selection (design, D8). Pure.
+"""What slow experts lose in the selection. Pure.
 
 The bias stays within a bound that the run chooses: it decides between experts that the router likes about as well, and
 cannot push tokens to experts that it does not like at all.

@@ -1,4 +1,4 @@
-"""Backward of one layer: to the peers that ran forward, or, with the inputs, to other replicas (design, D5).
+"""Backward of one layer: to the peers that ran forward, or, with the inputs, to other replicas.
 
 A gradient counts once, whatever happens on the way: a peer counts a call's gradient once however often it is sent; and
 a peer that was sent one whose answer was not used (late, lost, overtaken) is told with the step's commit to void it,

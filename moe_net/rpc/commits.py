@@ -1,4 +1,4 @@
-"""Commits, and the way back of peers that were away: both off the path of a step (design, D6; invariant 6).
+"""Commits, and the way back of peers that were away: both off the path of a step.
 
 A step waits for the commits of peers that answer; not for one that is overdue while replicas of all its experts have
 answered, and never for one that is suspended. Those are asked in the background,

@@ -1,4 +1,4 @@
-"""Forward of one layer: rows out, answers in; hedged when late, elsewhere when it fails (design, D3, D4, D7).
+"""Forward of one layer: rows out, answers in; hedged when late, elsewhere when it fails.
 
 T tokens, D model width, K experts per token, R rows of one call, P pairs of one call.
 """

@@ -131,7 +131,7 @@ class HedgeBudget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropWindow:
-    """Routed and dropped pairs of the last steps: how much loss a run puts up with (design, D7)."""
+    """Routed and dropped pairs of the last steps: how much loss a run puts up with."""
 
     max_fraction: float = 0.5
     """Largest dropped share over the window."""

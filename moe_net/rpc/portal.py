@@ -1,4 +1,4 @@
-"""The one bridge from PyTorch's synchronous code to the asyncio side (design, D1).
+"""The one bridge from PyTorch's synchronous code to the asyncio side.
 
 A trainer's main thread runs the model; DHT and gRPC live on one uvloop in one other thread. Everything that
 crosses goes through `Portal.run` or `Portal.submit`.

@@ -1,6 +1,6 @@
 """How much of a wait was the servers' own work, known from the times in their answers.
 
-The rest is the network's: what more micro-batches in flight can hide (design, D11). A context variable, because what
+The rest is the network's: what more micro-batches in flight can hide. A context variable, because what
 waits (a layer) and what gets the answers (a transport) have the swarm between them; it follows `Portal.submit` to the
 event loop and from there into every task that works for the wait.
 """

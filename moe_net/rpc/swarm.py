@@ -1,4 +1,4 @@
-"""The experts of a run as one trainer sees them: forward, backward, commit (design, D3 to D7).
+"""The experts of a run as one trainer sees them: forward, backward, commit.
 
 T tokens, D model width, K experts per token, E experts of a layer.
 

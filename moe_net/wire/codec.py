@@ -1,4 +1,4 @@
-"""The calls of messages.py as bytes and back: plain protobuf, without protobuf's copies (DESIGN D3b; see framing.py).
+"""The calls of messages.py as bytes and back: plain protobuf, without protobuf's copies (see framing.py).
 
 R rows, D model width, P (row, expert) pairs.
 

@@ -1,4 +1,4 @@
-"""Several micro-batches of a step at once: while one waits for its experts, another computes (design, D11).
+"""Several micro-batches of a step at once: while one waits for its experts, another computes.
 
 Each micro-batch in flight has a thread, for its autograd graph is walked by whoever asked for its gradient (on the CPU;
 on a GPU one thread of autograd's walks all graphs, and waits in them one by one). One *turn* goes round: who has it

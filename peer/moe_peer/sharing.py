@@ -1,4 +1,4 @@
-"""Replicas make each step together: every one steps on the gradients of all, so they stay one expert (DESIGN, D5, D6).
+"""Replicas make each step together: every one steps on the gradients of all, so they stay one expert.
 
 A trainer's commit reaches all replicas at about the same time. Each that closes a batch by it sets its sums apart, asks
 those that close the same one (the same commits) for theirs, and steps on all of them, added in one order: replicas

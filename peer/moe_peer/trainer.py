@@ -3,7 +3,7 @@
 B sequences of a micro-batch, S positions, T tokens, V vocabulary.
 
 Gradients are of the SUM of the token losses, everywhere: the trunk divides by the step's tokens before its update,
-experts divide by the committed tokens before theirs (design, D6). So a step's arithmetic does not depend on how it
+experts divide by the committed tokens before theirs. So a step's arithmetic does not depend on how it
 is cut into micro-batches or dealt out to trainers.
 """
 

@@ -1,4 +1,4 @@
-"""Invariant 5 with a vengeance: the DHT is gone for longer than records live, and training does not notice."""
+"""The DHT is gone for longer than records live, and training does not notice: no decision waits for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Invariant 8: whatever bytes arrive get a gRPC status with a reason, cost no more than the limits, change nothing."""
+"""Whatever bytes arrive get a gRPC status with a reason, cost no more than the limits, change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Invariant 7: what a step sends and receives is what the formula says, plus a stated overhead."""
+"""What a step sends and receives is what the formula says, plus a stated overhead."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_step_moves_one_row_per_token_and_server_each_way_and_eight_bytes_per_
     assert calls == stats.calls == 2 * 3 * len(run.model.moe_layers) + 3
     assert 0 <= sent - expected_sent <= OVERHEAD_BYTES_PER_CALL * calls
     assert 0 <= received - expected_received <= OVERHEAD_BYTES_PER_CALL * calls
-    # The point of D3: fewer rows than pairs, since a server gets a token once for all its experts.
+    # The point of one call per server: fewer rows than pairs, since a server gets a token once for all its experts.
     assert stats.rows < stats.routed_pairs
 
 

@@ -1,4 +1,4 @@
-"""Invariant 5: no decision waits for the DHT. Lookups happen in the background; a step performs none."""
+"""No decision waits for the DHT. Lookups happen in the background; a step performs none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Invariant 9: a resumed run continues the curve of the uninterrupted one, with no sample skipped or repeated."""
+"""A resumed run continues the curve of the uninterrupted one, with no sample skipped or repeated."""
 
 from __future__ import annotations
 

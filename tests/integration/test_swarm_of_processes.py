@@ -19,7 +19,7 @@ def losses(out: Path) -> list[float]:
 
 
 async def test_training_goes_on_without_the_coordinator_and_without_a_peer_that_has_a_replica(tmp_path: Path) -> None:
-    """Invariant 6: first the coordinator is killed, then one of two replicas of everything, in the middle of a step."""
+    """First the coordinator is killed, then one of two replicas of everything, in the middle of a step."""
     killed: list[str] = []
     children: dict[str, Child] = {}
 
@@ -132,7 +132,7 @@ async def test_what_a_trainer_has_learned_is_kept_when_its_last_peer_does_not_co
 
 
 async def test_a_run_is_stopped_and_resumed_by_new_processes_with_the_same_losses(tmp_path: Path) -> None:
-    """Invariant 9 across processes: SIGTERM in the middle, then everything anew from the checkpoint."""
+    """Resume across processes: SIGTERM in the middle, then everything anew from the checkpoint."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for name in "1234":
         (tmp_path / name).mkdir()

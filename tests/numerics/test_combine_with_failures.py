@@ -1,4 +1,4 @@
-"""Invariant 4: combine with failures equals the exact formula over the survivors, gradients included."""
+"""Combine with failures equals the exact formula over the survivors, gradients included."""
 
 from __future__ import annotations
 

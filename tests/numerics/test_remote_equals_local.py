@@ -1,4 +1,4 @@
-"""Invariant 1: with nothing failing, a swarm is the same computation as one process."""
+"""With nothing failing, a swarm is the same computation as one process."""
 
 from __future__ import annotations
 

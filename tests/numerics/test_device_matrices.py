@@ -152,10 +152,7 @@ def test_a_small_part_of_a_message_does_not_keep_the_whole() -> None:
     assert (large.shape, small.shape) == ((1, 225), (1, 25))
 
 
-def test_the_cpu_reads_for_experts_on_the_cpu() -> None:
-    assert matrices_on(torch.device("cpu"), torch.float32) is ON_CPU
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16] if DEVICE == "cuda" else [])
-def test_a_gpu_reads_for_experts_on_the_gpu(dtype: torch.dtype) -> None:
-    assert isinstance(matrices_on(torch.device("cuda"), dtype), OnDevice)
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+def test_the_device_that_has_the_experts_reads_for_them(device: str) -> None:
+    matrices = matrices_on(torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16)
+    assert matrices is ON_CPU if device == "cpu" else isinstance(matrices, OnDevice)

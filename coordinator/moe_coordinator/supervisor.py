@@ -84,10 +84,8 @@ class Child:
         """Stands in its environment, and so in that of all its descendants."""
         self.pid = process.pid
         self.log_path = log_path
-        self.killed = False
-        """`kill` was called: its death is no surprise."""
         self.stopping = False
-        """`stop` or `kill` was called."""
+        """`stop` or `kill` was called: its end is no surprise."""
         self.last: dict[str, Event] = {}
         """The latest event of each kind."""
         self._process = process
@@ -148,7 +146,7 @@ class Child:
     def kill(self) -> None:
         """SIGKILL to it and all its descendants, now."""
         if self.running:
-            self.killed = self.stopping = True
+            self.stopping = True
             guard.kill_family(self.pid, self.mark)
 
     def report(self, what: str) -> str:

@@ -105,11 +105,6 @@ class Batches:
         self._seed = seed
 
     @property
-    def tokens_per_step(self) -> int:
-        """Targets in one step of all trainers."""
-        return self._n_trainers * self._n_micro * self._sequences * self._seq_len
-
-    @property
     def n_micro(self) -> int:
         """Micro-batches of a trainer's step."""
         return self._n_micro
@@ -133,10 +128,6 @@ class Batches:
             n_micro=n_micro,
             seed=self._seed,
         )
-
-    def epoch_of(self, step: int) -> float:
-        """Epochs seen when `step` begins."""
-        return step * self._n_trainers * self._n_micro * self._sequences / self.n_windows
 
     def windows(self, batch: BatchId) -> npt.NDArray[np.int64]:
         """Numbers [B] of the windows in a micro-batch; window w holds the tokens w*S .. w*S+S."""

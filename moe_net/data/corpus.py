@@ -49,15 +49,6 @@ class Corpus:
     fingerprint: str
     """SHA-256 over names, texts and split: trainers of one run, and a resumed trainer, must see the same."""
 
-    @property
-    def train_bytes(self) -> int:
-        """Bytes of text to train on, separators not counted."""
-        return sum(len(document.text) for document in self.train)
-
-    @property
-    def held_out_bytes(self) -> int:
-        return sum(len(document.text) for document in self.held_out)
-
 
 def join(documents: Sequence[Document]) -> bytes:
     """The documents as one stream, each followed by SEPARATOR."""

@@ -34,8 +34,6 @@ class DirectoryWatcher:
         """`experts`: those of the run; the view has no others, whatever a record claims."""
         if interval_s <= 0:
             raise ValueError(f"interval_s={interval_s} must be positive")
-        self.refreshes = 0
-        """Refreshes that brought a view."""
         self.failures = 0
         """Refreshes that failed, since the start."""
         self.failures_in_a_row = 0
@@ -99,7 +97,6 @@ class DirectoryWatcher:
             level = logging.WARNING if self.failures_in_a_row == 1 else logging.DEBUG
             log.log(level, "kept the last view of %d peers: %s", len(self._view.peers), error or type(error).__name__)
             return
-        self.refreshes += 1
         self.failures_in_a_row = 0
         async with self._published:
             self._view = view

@@ -99,10 +99,6 @@ class Identity:
         """The 64 bytes of the Ed25519 signature (RFC 8032) of `data`."""
         return self._key.sign(data)
 
-    def private_key_pem(self) -> bytes:
-        """The key as PKCS8 PEM without a password, for a TLS certificate of the same identity."""
-        return self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:

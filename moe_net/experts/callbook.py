@@ -93,7 +93,7 @@ class BackwardPlan(Generic[InputsT, SavedT, ReplyT]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BookSizes:
-    """How much the book holds, for Info, metrics and tests."""
+    """How much the book holds of what it bounds, for tests."""
 
     kept_calls: int
     kept_bytes: int

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_net.errors import BusyError, ExpertCallError, UnknownExpertError, WireError
 from moe_net.experts.bank import BankSaved, ClosedSums, ExpertBank
-from moe_net.experts.callbook import BookSizes, CallBook, CallFacts
+from moe_net.experts.callbook import CallBook, CallFacts
 from moe_net.experts.checks import backward_facts, check_cost, check_shapes, check_twin, forward_facts, some
 from moe_net.experts.journal import Journal
 from moe_net.experts.merging import Part, fitting, merge, split
@@ -122,10 +122,6 @@ class ExpertHost:
     def origin(self) -> int:
         """Whose learning this is, among replicas; 0: it has none."""
         return next(iter(self._banks.values())).origin
-
-    @property
-    def book_sizes(self) -> BookSizes:
-        return self._book.sizes
 
     def forward_many(self, calls: Sequence[ForwardCall]) -> list[ForwardAnswer | ExpertCallError | WireError]:
         """One answer per call, in order; all of one layer, run in one dispatch. Of equal call ids one runs.

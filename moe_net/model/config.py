@@ -123,36 +123,6 @@ class ModelConfig:
         """Every expert of the model, ascending."""
         return tuple(ExpertId(layer, e) for layer in self.moe_layers for e in range(self.n_experts))
 
-    @property
-    def expert_parameters(self) -> int:
-        """Parameters of one expert."""
-        return self.d_model * (self.expert_shape.d_hidden + self.d_ff_expert)
-
-    @property
-    def trunk_parameters(self) -> int:
-        """Parameters of everything but the experts: embeddings, attention, norms, dense FFNs, routers."""
-        gated = self.activation == Activation.SWIGLU
-        attention = self.d_model * self.head_dim * 2 * (self.n_heads + self.n_kv_heads) + 2 * self.head_dim
-        dense_layers = self.n_layers - len(self.moe_layers)
-        return (
-            self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
-            + self.n_layers * (attention + 2 * self.d_model)
-            + dense_layers * self.d_model * self.d_ff_dense * (3 if gated else 2)
-            + len(self.moe_layers) * self.d_model * self.n_experts
-            + self.d_model
-        )
-
-    @property
-    def total_parameters(self) -> int:
-        """Parameters of the whole model."""
-        return self.trunk_parameters + len(self.expert_ids) * self.expert_parameters
-
-    @property
-    def active_parameters(self) -> int:
-        """Parameters that one token meets."""
-        chosen = len(self.moe_layers) * self.router.experts_per_token
-        return self.trunk_parameters + chosen * self.expert_parameters
-
 
 PRESETS: dict[str, ModelConfig] = {
     # The demo: 4 layers, 8 experts each, 1.81 M parameters (0.63 M active); trains in minutes on two cores.

@@ -167,12 +167,6 @@ def usable(state: HealthState, peer_id: str) -> bool:
     return known is None or not known.suspended
 
 
-def on_probation(state: HealthState, peer_id: str, now_s: float) -> bool:
-    """Whether the peer is usable, but would be suspended for longer than the last time."""
-    known = state.peers.get(peer_id)
-    return known is not None and known.suspensions > 0 and not known.suspended and now_s < known.fine_at_s
-
-
 def costs_a_deadline(state: HealthState, peer_id: str) -> bool:
     """Whether the peer is suspended for being late: a call there would most likely wait in vain."""
     known = state.peers.get(peer_id)

@@ -270,7 +270,6 @@ class Report:
     """What `write_report` left in the folder."""
 
     summary: str
-    summary_path: Path
     plot_path: Path | None
     """None when matplotlib is not installed, or no step was made; the summary says so."""
 
@@ -289,4 +288,4 @@ def write_report(
             text += f"loss.png was not drawn: {error} (pip install 'moe-net[plot]')\n"
         plot_path = None
     (folder / "summary.txt").write_text(text, encoding="utf-8")
-    return Report(summary=text, summary_path=folder / "summary.txt", plot_path=plot_path)
+    return Report(summary=text, plot_path=plot_path)

@@ -470,7 +470,7 @@ async def test_a_view_is_published_whole_and_a_failing_callback_free_watcher_can
     watcher = DirectoryWatcher(member, interval_s=0.01, on_view=lambda view: seen.append(len(view.peers)))
     await watcher.close()
     async with watcher:
-        await watcher.wait_for(lambda view: watcher.refreshes > 0, 5)
+        await watcher.wait_for(lambda view: bool(seen), 5)
         await announce(member, identity)
         view = await watcher.wait_for(lambda view: bool(view.peers), 5)
         with pytest.raises(TimeoutError):

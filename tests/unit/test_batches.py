@@ -151,12 +151,6 @@ def test_known_windows_of_a_known_seed_stay_the_same() -> None:
     assert batches.windows(BatchId(3)).tolist() == [60, 8, 20, 82, 56, 33, 50, 49]
 
 
-def test_step_arithmetic_counts_tokens_and_epochs() -> None:
-    batches = Batches(np.zeros(1001), seq_len=10, sequences_per_micro=5, n_trainers=2, n_micro=2)
-    assert batches.tokens_per_step == 200
-    assert batches.epoch_of(5) == 1.0
-
-
 def test_wrong_addresses_and_streams_are_clear_errors() -> None:
     batches = Batches(np.zeros(101), seq_len=10, sequences_per_micro=1, n_trainers=2, n_micro=3)
     for wrong in (BatchId(-1), BatchId(0, 2), BatchId(0, 0, 3), BatchId(0, -1)):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ def _whole(corpus: Corpus) -> bytes:
     """All chunks of a single-file corpus, put together again."""
     chunks = sorted((*corpus.train, *corpus.held_out), key=lambda chunk: int(chunk.name.rpartition("#")[2]))
     return b"".join(chunk.text for chunk in chunks)
+
+
+def _size(documents: Sequence[Document]) -> int:
+    return sum(len(document.text) for document in documents)
 
 
 def _write_tree(root: Path, documents: int) -> None:
@@ -31,9 +36,8 @@ def test_the_default_corpus_is_this_pythons_library_without_its_tests() -> None:
     assert len(names) == len(set(names)) > 200
     assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
     assert all(name.endswith(".py") for name in names)
-    assert corpus.train_bytes > 4_000_000
-    share = corpus.held_out_bytes / (corpus.held_out_bytes + corpus.train_bytes)
-    assert 0.02 < share < 0.12
+    assert _size(corpus.train) > 4_000_000
+    assert 0.02 < _size(corpus.held_out) / _size((*corpus.train, *corpus.held_out)) < 0.12
 
 
 def test_loading_twice_gives_the_same_fingerprint() -> None:
@@ -46,8 +50,7 @@ def test_max_bytes_limits_the_text_and_cuts_between_lines(tmp_path: Path) -> Non
     _write_tree(tmp_path, 300)
     whole = load_corpus(tmp_path)
     corpus = load_corpus(tmp_path, max_bytes=10_000)
-    total = corpus.train_bytes + corpus.held_out_bytes
-    assert 9_900 < total <= 10_000 < whole.train_bytes
+    assert 9_900 < _size((*corpus.train, *corpus.held_out)) <= 10_000 < _size(whole.train)
     assert all(document.text.endswith(b"\n") for document in (*corpus.train, *corpus.held_out))
 
 
@@ -79,7 +82,7 @@ def test_a_single_file_is_held_out_in_part_and_nothing_is_lost(tmp_path: Path, t
     corpus = load_corpus(path)
     assert _whole(corpus) == text.encode()
     assert not {chunk.name for chunk in corpus.train} & {chunk.name for chunk in corpus.held_out}
-    assert 0.01 < corpus.held_out_bytes / len(text.encode()) < 0.15
+    assert 0.01 < _size(corpus.held_out) / len(text.encode()) < 0.15
     for chunk in (*corpus.train, *corpus.held_out):
         chunk.text.decode()
 
@@ -122,7 +125,7 @@ def test_nothing_usable_is_a_clear_error(tmp_path: Path) -> None:
 def test_split_and_chunks_keep_every_byte_once(texts: list[str]) -> None:
     documents = [Document(name=f"{i:03}", text=(text * 400).encode()) for i, text in enumerate(texts)]
     corpus = from_documents(documents, name="memory")
-    assert corpus.train_bytes + corpus.held_out_bytes == sum(len(document.text) for document in documents)
+    assert _size((*corpus.train, *corpus.held_out)) == _size(documents)
     assert corpus.train
     assert corpus.held_out
     assert not set(corpus.train) & set(corpus.held_out)

@@ -268,8 +268,9 @@ def test_a_commit_steps_every_layer_once_the_batch_is_complete() -> None:
 
 def test_evaluation_leaves_nothing_behind() -> None:
     host = new_host()
-    forward(host, replace(forward_call(MIXED), train=False))
-    assert host.book_sizes.kept_calls == 0
+    call = replace(forward_call(MIXED), train=False)
+    forward(host, call)
+    assert isinstance(host.backward_many([backward_call(call)])[0], InputsGoneError)
 
 
 def test_unknown_layers_and_a_full_book_are_answers() -> None:
@@ -293,12 +294,13 @@ def test_unknown_layers_and_a_full_book_are_answers() -> None:
 
 @pytest.mark.parametrize("tokens", [11, 2**63, 2**64 - 1])
 def test_a_commit_of_more_tokens_than_the_batch_is_refused_and_closes_nothing(tokens: int) -> None:
-    host = new_host(batch_tokens=10)
+    book = CallBook(cache_bytes=1 << 20, reply_bytes=1 << 20)
+    host = ExpertHost({0: new_bank(batch_tokens=10)}, book=book)
     call = forward_call([[0]])
     forward(host, call)
     with pytest.raises(WireError, match=f"{tokens}, but the run's global_batch_tokens, of all trainers, is 10"):
         host.commit(CommitCall(trainer="t", step=0, tokens=tokens))
-    assert (host.committed_tokens, host.book_sizes.trainers) == (0, 0)
+    assert (host.committed_tokens, book.sizes.trainers) == (0, 0)
     backward(host, backward_call(call))
     assert host.commit(CommitCall(trainer="t", step=0, tokens=10)).stepped
 
@@ -316,7 +318,7 @@ def test_a_host_forgets_who_has_been_silent_for_an_hour_when_it_needs_the_room()
     call = replace(forward_call([[0]]), trainer="newest")
     forward(host, call)
     backward(host, replace(backward_call(call), trainer="newest"))
-    assert host.book_sizes.trainers == 1
+    assert book.sizes.trainers == 1
 
 
 def test_state_goes_from_one_host_to_another() -> None:

@@ -18,7 +18,6 @@ from moe_net.placement.health import (
     after_event,
     backoff_s,
     costs_a_deadline,
-    on_probation,
     probe_due_s,
     usable,
 )
@@ -107,7 +106,6 @@ def test_who_answers_probes_but_no_calls_is_suspended_longer_each_time() -> None
         now_s = due_s
         state = after_event(state, ProbeSucceeded(peer_id="a"), now_s, CONFIG)
         assert usable(state, "a")
-        assert on_probation(state, "a", now_s)
         # One answer in between is not the end of its probation.
         state = after_event(state, CallSucceeded(peer_id="a"), now_s, CONFIG)
     assert lengths == [0, 1, 2, 4, 8]
@@ -117,8 +115,6 @@ def test_probation_ends_with_the_first_answer_after_as_long_as_the_next_suspensi
     state = after_event(HealthState(), LATE, 0.0, CONFIG)
     state = after_event(state, ProbeFailed(peer_id="a"), 0.0, CONFIG)
     state = after_event(state, ProbeSucceeded(peer_id="a"), 1.0, CONFIG)
-    assert on_probation(state, "a", 2.9)
-    assert not on_probation(state, "a", 3.0)
     assert after_event(state, CallSucceeded(peer_id="a"), 2.9, CONFIG).peers
     assert not after_event(state, CallSucceeded(peer_id="a"), 3.0, CONFIG).peers
     again = after_event(state, LATE, 300.0, CONFIG)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from moe_coordinator.faults import Fault, FaultPlan
+from moe_net.checkpoint_folder import ANY_STATE, checkpoints_of, newest_in, trainer_folder
 from moe_net.config import RunConfig, load_toml, to_json
 from moe_net.discovery.listen import check_listen, dht_multiaddr
 from moe_net.discovery.manifest import MANIFEST_TTL_S
@@ -146,11 +147,11 @@ def fault_plan(options: LocalOptions, *, steps: int) -> FaultPlan:
 
 def newest_checkpoint(out: Path) -> Path:
     """The latest checkpoint of the first trainer of the local run in `out`; ValueError when there is none."""
-    folder = out / "trainer-0" / "checkpoints"
-    found = sorted(path.parent for path in folder.glob("step-*/state.json"))
-    if not found:
-        raise ValueError(f"nothing to resume: no {folder}/step-N/state.json")
-    return found[-1]
+    folder = checkpoints_of(trainer_folder(out, 0))
+    found = newest_in(folder)
+    if found is None:
+        raise ValueError(f"nothing to resume: no {folder}/{ANY_STATE}")
+    return found
 
 
 def deal_experts(model: ModelConfig, *, peers: int, replicas: int) -> list[str]:

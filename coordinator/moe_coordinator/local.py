@@ -26,6 +26,7 @@ from moe_coordinator.config import (
 from moe_coordinator.faults import FaultPlan
 from moe_coordinator.laboratory import Laboratory
 from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supervisor, describe_exit
+from moe_net.checkpoint_folder import trainer_folder
 from moe_net.config import RunConfig
 from moe_net.folder import alone_in
 from moe_net.signals import STOP, on_signals
@@ -69,7 +70,7 @@ def trainer_spec(options: LocalOptions, run: RunConfig, index: int, *, join: str
     settings = {
         "--join": join,
         "--run": run.name,
-        "--out": options.out / f"trainer-{index}",
+        "--out": trainer_folder(options.out, index),
         "--trainer-index": index,
         "--trainers": options.trainers,
         "--steps": options.steps or run.optimizer.total_steps,
@@ -78,7 +79,7 @@ def trainer_spec(options: LocalOptions, run: RunConfig, index: int, *, join: str
         "--micro-batches": options.micro_batches,
         "--eval-every": options.eval_every,
         "--data": options.data,
-        "--resume": options.resume and options.resume / f"trainer-{index}",
+        "--resume": options.resume and trainer_folder(options.resume, index),
     }
     argv = [text for flag, value in settings.items() if value is not None for text in (flag, str(value))]
     if options.spread_replicas:

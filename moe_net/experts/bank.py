@@ -26,7 +26,7 @@ from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertId, ExpertShape
 from moe_net.wire.share import ExpertShare
-from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS, SUM_FIELDS, check_state
+from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS, SUM_FIELDS, check_state, tensor_name
 
 
 def memory_bytes(n_experts: int, shape: ExpertShape, *, compute_bytes: int = 0) -> int:
@@ -400,8 +400,8 @@ class ExpertBank:
         return dict(zip(SUM_FIELDS[:-1], self._optimizer.grads, strict=True))
 
     def state(self, indices: Sequence[int] | None = None, *, with_sums: bool = False) -> dict[str, Tensor]:
-        """Copies on the CPU, `{layer}.{index}.{field}` for each of STATE_FIELDS, and LINEAGE_FIELD; all experts unless
-        `indices` is given.
+        """Copies on the CPU by name (see `wire.state`): STATE_FIELDS, and LINEAGE_FIELD; all experts unless `indices`
+        is given.
 
         `with_sums`: while tokens are committed towards the next step, SUM_FIELDS too, so that whoever loads the state
         makes that step as this bank would. Sums without committed tokens are of steps that may never be committed.
@@ -412,17 +412,17 @@ class ExpertBank:
         for index in self.indices if indices is None else indices:
             slot = self._slot_of[index]
             for field, stack in stacks.items():
-                state[f"{self.layer}.{index}.{field}"] = _copy(stack[slot])
-            state[f"{self.layer}.{index}.version"] = torch.tensor(self._optimizer.versions[slot])
+                state[self._name(index, field)] = _copy(stack[slot])
+            state[self._name(index, "version")] = torch.tensor(self._optimizer.versions[slot])
             if self._lineages[slot].seen:
-                state[f"{self.layer}.{index}.{LINEAGE_FIELD}"] = self._lineages[slot].to_tensor()
+                state[self._name(index, LINEAGE_FIELD)] = self._lineages[slot].to_tensor()
             # Sums that are not finite make no step, and a snapshot with them would be refused as a whole.
             if with_sums and self.committed_tokens > 0 and all(bool(g[slot].isfinite().all()) for g in sums.values()):
                 for field, stack in sums.items():
-                    state[f"{self.layer}.{index}.{field}"] = torch.clone(
+                    state[self._name(index, field)] = torch.clone(
                         stack[slot], memory_format=torch.contiguous_format
                     ).cpu()
-                state[f"{self.layer}.{index}.committed_tokens"] = torch.tensor(self.committed_tokens)
+                state[self._name(index, "committed_tokens")] = torch.tensor(self.committed_tokens)
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -436,14 +436,14 @@ class ExpertBank:
         untouched = self._generation == 0 and self.committed_tokens == 0
         loaded, sums = self._put_state(state), self._sums()
         self._clock = max([self._clock, *(self.versions[index] for index in loaded)])
-        committed_of = {index: int(state.get(f"{self.layer}.{index}.committed_tokens", 0)) for index in loaded}
+        committed_of = {index: int(state.get(self._name(index, "committed_tokens"), 0)) for index in loaded}
         if loaded and (untouched or len(loaded) == len(self.indices)):
             self.committed_tokens = max(committed_of.values())
         for index in loaded:
             slot = self._slot_of[index]
             for field, stack in sums.items():
                 if 0 < committed_of[index] == self.committed_tokens:
-                    stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
+                    stack[slot].copy_(state[self._name(index, field)])
                 else:
                     stack[slot].zero_()
             self._summed_rows_E[slot] = 0
@@ -460,9 +460,9 @@ class ExpertBank:
         for index in loaded:
             slot = self._slot_of[index]
             for field, stack in stacks.items():
-                stack[slot].copy_(state[f"{self.layer}.{index}.{field}"])
-            self._optimizer.versions[slot] = int(state[f"{self.layer}.{index}.version"])
-            said = Lineage.from_tensor(state.get(f"{self.layer}.{index}.{LINEAGE_FIELD}"), own=self.origin)
+                stack[slot].copy_(state[self._name(index, field)])
+            self._optimizer.versions[slot] = int(state[self._name(index, "version")])
+            said = Lineage.from_tensor(state.get(self._name(index, LINEAGE_FIELD)), own=self.origin)
             self._lineages[slot] = said.capped(self.origin, int(self._stepped_rows_E[slot])) if self.origin else said
         self._weights_changed()
         return loaded
@@ -474,9 +474,12 @@ class ExpertBank:
     def _check_state(self, state: Mapping[str, Tensor]) -> list[int]:
         """The indices of the experts in a `state` that fits."""
         fields = (*STATE_FIELDS, *SUM_FIELDS, LINEAGE_FIELD)
-        known = {f"{self.layer}.{index}.{field}" for index in self.indices for field in fields}
+        known = {self._name(index, field): index for index in self.indices for field in fields}
         if unknown := sorted(state.keys() - known):
             raise CheckpointError(f"{unknown[0]} is no expert of this bank (layer {self.layer}, {self.indices})")
-        loaded = sorted({int(name.split(".")[1]) for name in state})
+        loaded = sorted({known[name] for name in state})
         check_state(state, layer=self.layer, indices=loaded, shape=self.shape)
         return loaded
+
+    def _name(self, index: int, field: str) -> str:
+        return tensor_name(ExpertId(self.layer, index), field)

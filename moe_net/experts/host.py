@@ -36,6 +36,7 @@ from moe_net.wire.messages import (
     RoutedRows,
 )
 from moe_net.wire.share import ExpertShare, Share
+from moe_net.wire.state import experts_in, split_name
 
 log = logging.getLogger(__name__)
 
@@ -385,20 +386,16 @@ class ExpertHost:
     def load_state(self, state: Mapping[str, Tensor]) -> int:
         """Take over those experts of `state` (see `ExpertBank.state`) that are hosted here; returns how many.
         CheckpointError as `ExpertBank.load_state`."""
-        hosted = {(str(expert.layer), str(expert.index)) for expert in self.experts}
-        loaded: set[tuple[str, str]] = set()
+        loaded = 0
         for layer, bank in self._banks.items():
-            mine: dict[str, Tensor] = {}
-            for name, value in state.items():
-                expert = (name.split(".")[0], name.split(".")[1])
-                if expert[0] == str(layer) and expert in hosted:
-                    mine[name] = value
-                    loaded.add(expert)
+            hosted = {str(ExpertId(layer, index)) for index in bank.indices}
+            mine = {name: value for name, value in state.items() if split_name(name)[0] in hosted}
             if mine:
                 self._voiding.renew((layer,))
                 bank.load_state(mine)
                 self._journal.forget(layer)
-        return len(loaded)
+                loaded += len(experts_in(mine))
+        return loaded
 
     def check_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
         """CheckpointError when it holds anything but valid states of experts of this layer."""

@@ -1,6 +1,6 @@
 """Two replicas of an expert become one again: the arithmetic of their meeting. Pure: no clock, no I/O.
 
-A state is that of `ExpertBank.state`: `{layer}.{index}.{field}` -> tensor on the CPU, here of one layer's experts.
+A state is that of `ExpertBank.state`: tensors on the CPU by name (see `wire.state`), here of one layer's experts.
 The weight of a side is the number of rows that it has learned, itself or through others, and the other side has not: so
 a state that has seen all that another has simply takes its place.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_net.experts.lineage import Lineage
-from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS
+from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS, split_name, tensor_name
 
 State = Mapping[str, Tensor]
 
@@ -23,7 +23,7 @@ WEIGHTS, SECOND_MOMENTS = ("w_in", "w_out"), ("v_in", "v_out")
 
 def lineage_of(state: State, expert: str, *, own: int = 0) -> Lineage:
     """Of `expert`, a name like `3.17`, in the state of the replica whose origin is `own`."""
-    return Lineage.from_tensor(state.get(f"{expert}.{LINEAGE_FIELD}"), own=own)
+    return Lineage.from_tensor(state.get(tensor_name(expert, LINEAGE_FIELD)), own=own)
 
 
 def share_of_other(mine: Lineage, theirs: Lineage, my_version: int, their_version: int) -> float:
@@ -46,25 +46,26 @@ def average(mine: State, theirs: State, *, own: int = 0) -> dict[str, Tensor]:
     mean: dict[str, Tensor] = {}
     for expert in experts_of(mine):
         lineages = lineage_of(mine, expert, own=own), lineage_of(theirs, expert)
-        versions = int(mine[f"{expert}.version"]), int(theirs[f"{expert}.version"])
+        version = tensor_name(expert, "version")
+        versions = int(mine[version]), int(theirs[version])
         share = share_of_other(*lineages, *versions)
         for field in STATE_FIELDS[:-1]:
-            name = f"{expert}.{field}"
+            name = tensor_name(expert, field)
             # lerp is exact at 0 and 1 by the formula it takes on either side of a half.
             mean[name] = torch.lerp(mine[name], theirs[name], share)
-        mean[f"{expert}.version"] = torch.tensor(max(versions))
+        mean[version] = torch.tensor(max(versions))
         _put_lineage(mean, expert, lineages[0].merged(lineages[1]))
     return mean
 
 
 def experts_of(state: State) -> list[str]:
     """The names, like `3.17`, of the experts in `state`."""
-    return [name.rpartition(".")[0] for name in state if name.endswith(".version")]
+    return [expert for expert, field in map(split_name, state) if field == "version"]
 
 
 def _put_lineage(state: dict[str, Tensor], expert: str, lineage: Lineage) -> None:
     if lineage.seen:
-        state[f"{expert}.{LINEAGE_FIELD}"] = lineage.to_tensor()
+        state[tensor_name(expert, LINEAGE_FIELD)] = lineage.to_tensor()
 
 
 def rebase(mean: State, now: State, sent: State, *, own: int = 0) -> dict[str, Tensor]:
@@ -78,10 +79,10 @@ def rebase(mean: State, now: State, sent: State, *, own: int = 0) -> dict[str, T
     moved: dict[str, Tensor] = {}
     for expert in experts_of(mean):
         theirs, ours = lineage_of(mean, expert), lineage_of(now, expert, own=own)
-        version = f"{expert}.version"
+        version = tensor_name(expert, "version")
         contained = ours.unseen_by(theirs) == 0 and int(now[version]) <= int(mean[version])
         for field in STATE_FIELDS[:-1]:
-            name = f"{expert}.{field}"
+            name = tensor_name(expert, field)
             if contained:
                 moved[name] = mean[name]
             elif torch.equal(mean[name], sent[name]):
@@ -103,7 +104,8 @@ def divergence(mine: State, theirs: State) -> float:
     for expert in experts_of(mine):
         apart, size = 0.0, 0.0
         for field in WEIGHTS:
-            a, b = mine[f"{expert}.{field}"].double(), theirs[f"{expert}.{field}"].double()
+            name = tensor_name(expert, field)
+            a, b = mine[name].double(), theirs[name].double()
             apart += float((a - b).square().sum())
             size += float(a.square().sum() + b.square().sum()) / 2
         if apart > 0:

@@ -18,6 +18,7 @@ from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure, ExpertTransport
 from moe_net.trace import EventSink, FaultEvent, ignore
 from moe_net.types import ExpertId, PeerInfo
+from moe_net.wire.state import experts_in
 
 PARALLEL = 8
 """Peers asked at once; each of them one layer at a time, for it holds what it sends twice."""
@@ -140,6 +141,6 @@ class Collector:
 
 def _of(answer: dict[str, Tensor], peer_id: str, experts: Collection[ExpertId]) -> dict[str, Tensor]:
     """The answer, if it is of `experts` and of nothing else: a peer must not speak for another's."""
-    if {name.rpartition(".")[0] for name in answer} != {str(expert) for expert in experts}:
+    if experts_in(answer) != {str(expert) for expert in experts}:
         raise CallError(CallFailure.REFUSED, peer_id, "answered with other experts than it was asked for")
     return answer

@@ -38,7 +38,7 @@ from moe_net.wire.messages import (
 from moe_net.wire.pieces import IN_PIECES_BYTES, PieceReader, cut
 from moe_net.wire.share import Share, ShareCall, max_share_bytes, share_from_state
 from moe_net.wire.snapshot import pack, unpack
-from moe_net.wire.state import check_state, max_state_bytes
+from moe_net.wire.state import check_state, experts_in, max_state_bytes
 from moe_net.wire.validate import Limits
 
 FIRST_CHUNK_S, CHUNK_STALL_S = 20.0, 5.0
@@ -326,7 +326,7 @@ class GrpcTransport:
         except (WireError, CheckpointError) as error:
             stream.cancel()
             raise CallError(CallFailure.REFUSED, peer.peer_id, f"unreadable answer to Exchange: {error}") from error
-        if {name.rpartition(".")[0] for name in mean} != {f"{head.layer}.{index}" for index in head.indices}:
+        if experts_in(mean) != {str(ExpertId(head.layer, index)) for index in head.indices}:
             raise CallError(CallFailure.REFUSED, peer.peer_id, "answered Exchange with other experts")
         return mean
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_net.errors import CheckpointError
 from moe_net.types import ExpertId, ExpertShape
 from moe_net.wire.messages import CommitCall
-from moe_net.wire.state import MAX_COUNT
+from moe_net.wire.state import MAX_COUNT, experts_in, tensor_name
 
 BATCH_BYTES = 32
 _HEADER_BYTES, _ENTRY_BYTES = 64 * 1024, 256
@@ -71,8 +71,9 @@ class Share:
         """For `wire.snapshot.pack`."""
         state = {"origin": torch.tensor(self.origin), "clock": torch.tensor(self.clock)}
         for expert, share in self.experts.items():
-            state[f"{expert}.rows"] = torch.tensor([share.rows, share.rows_before])
-            state[f"{expert}.g_in"], state[f"{expert}.g_out"] = share.g_in, share.g_out
+            state[tensor_name(expert, "rows")] = torch.tensor([share.rows, share.rows_before])
+            state[tensor_name(expert, "g_in")] = share.g_in
+            state[tensor_name(expert, "g_out")] = share.g_out
         if self.committed_tokens is not None:
             state["committed"] = torch.tensor(self.committed_tokens)
         return state
@@ -85,12 +86,12 @@ def share_from_state(state: Mapping[str, Tensor], *, asked: Collection[ExpertId]
         if len(state) > 3:
             raise CheckpointError("committed: with gradients of a step that is not ours")
         return Share(origin=origin, clock=clock, experts={}, committed_tokens=_number(state, "committed", least=0))
-    named = {name.rpartition(".")[0] for name in state if name not in ("origin", "clock")}
+    named = experts_in(state.keys() - {"origin", "clock"})
     experts: dict[ExpertId, ExpertShare] = {}
     for expert in asked:
         if str(expert) in named:
             named.discard(str(expert))
-            experts[expert] = _expert_share(state, str(expert), shape)
+            experts[expert] = _expert_share(state, expert, shape)
     if named or len(state) != 2 + 3 * len(experts):
         raise CheckpointError("a share of gradients with more in it than was asked for")
     return Share(origin=origin, clock=clock, experts=experts)
@@ -103,23 +104,24 @@ def _number(state: Mapping[str, Tensor], name: str, *, least: int = 1) -> int:
     return int(value)
 
 
-def _expert_share(state: Mapping[str, Tensor], name: str, shape: ExpertShape) -> ExpertShare:
+def _expert_share(state: Mapping[str, Tensor], expert: ExpertId, shape: ExpertShape) -> ExpertShare:
+    rows, g_in, g_out = (tensor_name(expert, field) for field in ("rows", "g_in", "g_out"))
     wanted = {
-        "rows": (torch.int64, (2,)),
-        "g_in": (torch.float32, (shape.d_model, shape.d_hidden)),
-        "g_out": (torch.float32, (shape.d_ff, shape.d_model)),
+        rows: (torch.int64, (2,)),
+        g_in: (torch.float32, (shape.d_model, shape.d_hidden)),
+        g_out: (torch.float32, (shape.d_ff, shape.d_model)),
     }
-    for field, (dtype, size) in wanted.items():
-        value = state.get(f"{name}.{field}")
+    for name, (dtype, size) in wanted.items():
+        value = state.get(name)
         if value is None or value.dtype != dtype or value.shape != size:
-            raise CheckpointError(f"{name}.{field} is missing, or not {dtype} {list(size)}")
+            raise CheckpointError(f"{name} is missing, or not {dtype} {list(size)}")
         # NaN is not below anything. Larger ones make the sum's norm infinite, and the step of all replicas void.
-        if field != "rows" and not float(torch.linalg.vector_norm(value)) <= MAX_NORM:
-            raise CheckpointError(f"{name}.{field} has a norm over {MAX_NORM:g}, or none")
-    rows, before = state[f"{name}.rows"].tolist()
-    if not (0 <= rows <= MAX_COUNT and 0 <= before <= MAX_COUNT):
-        raise CheckpointError(f"{name}.rows is {rows} after {before}, must be 0..{MAX_COUNT} each")
-    return ExpertShare(rows=rows, rows_before=before, g_in=state[f"{name}.g_in"], g_out=state[f"{name}.g_out"])
+        if name != rows and not float(torch.linalg.vector_norm(value)) <= MAX_NORM:
+            raise CheckpointError(f"{name} has a norm over {MAX_NORM:g}, or none")
+    now, before = state[rows].tolist()
+    if not (0 <= now <= MAX_COUNT and 0 <= before <= MAX_COUNT):
+        raise CheckpointError(f"{rows} is {now} after {before}, must be 0..{MAX_COUNT} each")
+    return ExpertShare(rows=now, rows_before=before, g_in=state[g_in], g_out=state[g_out])
 
 
 def max_share_bytes(n_experts: int, shape: ExpertShape) -> int:

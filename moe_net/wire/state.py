@@ -1,14 +1,17 @@
-"""The state of experts by name: what may stand in it, and how many bytes it takes. Nobody's state is taken on trust."""
+"""The state of experts, tensors by names like `3.17.w_in`: what may stand in it, and how many bytes it takes.
+
+Nobody's state is taken on trust.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from moe_net.errors import CheckpointError
-from moe_net.types import ExpertShape
+from moe_net.types import ExpertId, ExpertShape
 
 STATE_FIELDS: tuple[str, ...] = ("w_in", "w_out", "m_in", "m_out", "v_in", "v_out", "version")
 SUM_FIELDS: tuple[str, ...] = ("g_in", "g_out", "committed_tokens")
@@ -25,6 +28,28 @@ _NUMBERS = ("version", "committed_tokens")
 _HEADER_BYTES = 64 * 1024
 _ENTRY_BYTES = 256
 """Of a safetensors header, for one tensor: name, dtype, shape and offsets take 90..120."""
+
+
+def tensor_name(expert: ExpertId | str, field: str) -> str:
+    """Of the tensor of `expert`, an id or as `str` writes it."""
+    return f"{expert}.{field}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The expert, as `str` writes it, and the field, of a `tensor_name`; of another name something that is neither."""
+    expert, _, field = name.rpartition(".")
+    return expert, field
+
+
+def experts_in(names: Iterable[str]) -> set[str]:
+    """The experts that tensors of these names are of; a name that is none brings something that is no expert."""
+    return {split_name(name)[0] for name in names}
+
+
+def expert_id(name: str) -> ExpertId:
+    """The expert of a `tensor_name`; ValueError when it is none."""
+    layer, index = map(int, split_name(name)[0].split("."))
+    return ExpertId(layer, index)
 
 
 def max_state_bytes(n_experts: int, shape: ExpertShape) -> int:
@@ -51,10 +76,11 @@ def check_state(state: Mapping[str, Tensor], *, layer: int, indices: Collection[
     shapes |= dict(zip(SUM_FIELDS, (w_in, w_out, ()), strict=True))
     expected: dict[str, str] = {}
     for index in indices:
-        has_sums = any(f"{layer}.{index}.{field}" in state for field in SUM_FIELDS)
+        expert = ExpertId(layer, index)
+        has_sums = any(tensor_name(expert, field) in state for field in SUM_FIELDS)
         for field in (*STATE_FIELDS, *(SUM_FIELDS if has_sums else ())):
-            expected[f"{layer}.{index}.{field}"] = field
-    lineages = {f"{layer}.{index}.{LINEAGE_FIELD}" for index in indices} & state.keys()
+            expected[tensor_name(expert, field)] = field
+    lineages = {tensor_name(ExpertId(layer, index), LINEAGE_FIELD) for index in indices} & state.keys()
     if unknown := sorted(state.keys() - expected.keys() - lineages):
         raise CheckpointError(f"{unknown[0]!r:.80} is none of the experts of layer {layer} that should be here")
     for name, field in expected.items():
@@ -72,7 +98,7 @@ def check_state(state: Mapping[str, Tensor], *, layer: int, indices: Collection[
             raise CheckpointError(f"{name} is over {MAX_COUNT}")
     for name in sorted(lineages):
         _check_lineage(name, state[name])
-        if int(state[name][:, 2].max()) > int(state[f"{name.rpartition('.')[0]}.version"]):
+        if int(state[name][:, 2].max()) > int(state[tensor_name(split_name(name)[0], "version")]):
             raise CheckpointError(f"{name} has learned at later steps than the expert has made")
 
 

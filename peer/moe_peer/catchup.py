@@ -17,6 +17,7 @@ from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.grpc_client import GrpcTransport
 from moe_net.types import ExpertId, PeerInfo
+from moe_net.wire.state import experts_in, split_name
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +145,10 @@ async def _versions(
 
 def _adopt(host: ExpertHost, state: Mapping[str, Tensor], layer: int, indices: Sequence[int]) -> None:
     """CheckpointError, and nothing changed, when these are not the experts that were asked for."""
-    got = {name.rpartition(".")[0] for name in state}
-    asked = {f"{layer}.{index}" for index in indices}
+    got = experts_in(state)
+    asked = {str(ExpertId(layer, index)) for index in indices}
     if got != asked:
         raise CheckpointError(f"asked for {len(asked)} experts of layer {layer}, got {len(got)}, not the same ones")
     # Its place between two steps, but not its gradients: it will step on those itself, and they must count once.
     sums = ("g_in", "g_out")
-    host.load_state({n: torch.zeros_like(v) if n.rpartition(".")[2] in sums else v for n, v in state.items()})
+    host.load_state({n: torch.zeros_like(v) if split_name(n)[1] in sums else v for n, v in state.items()})

@@ -1,10 +1,6 @@
 """Checkpoints of a run as a trainer sees it: trunk, optimizer, place in the data, and the experts of the peers.
 
-step-00000120/
-    state.json             what this is, and the SHA-256 of every other file
-    trunk.safetensors      parameters and buffers
-    optimizer.safetensors  AdamW's moments and step counters
-    experts/layer-003.safetensors   as in moe_net.wire.snapshot; `moe-peer serve --load` reads them
+Where their files lie: `moe_net.checkpoint_folder`.
 """
 
 from __future__ import annotations
@@ -23,12 +19,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe_net.checkpoint_folder import (
+    ANY_STATE,
+    OPTIMIZER,
+    STATE,
+    TRUNK,
+    after,
+    all_checkpoints_of,
+    checkpoint_at,
+    checkpoints_of,
+    expert_file,
+    expert_files,
+    is_checkpoint,
+    newest_in,
+)
 from moe_net.config import RunConfig, from_json, to_json
 from moe_net.errors import CheckpointError
 from moe_net.trace import FaultEvent
 from moe_net.types import ExpertId
 from moe_net.wire.snapshot import pack, unpack
-from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS
+from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS, expert_id, experts_in, split_name, tensor_name
 
 FORMAT = 1
 
@@ -60,11 +70,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     experts: dict[str, Tensor],
 ) -> Path:
-    """Write `folder/step-N`, whole or not at all; returns its path. `experts` may lack those nobody answered for.
+    """Write the checkpoint of `meta.step` to `folder`, whole or not at all; returns its path. `experts` may lack those
+    nobody answered for.
 
     CheckpointError when it cannot be written (a full disk).
     """
-    final = folder / f"step-{meta.step:08d}"
+    final = checkpoint_at(folder, meta.step)
     partial = folder / f".{final.name}.partial"
     try:
         _write(partial, meta, model, optimizer, experts)
@@ -85,15 +96,18 @@ def _write(
     experts: dict[str, Tensor],
 ) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "experts").mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in _trunk(model).items()}, partial / "trunk.safetensors")
-    save_file(_optimizer_tensors(optimizer), partial / "optimizer.safetensors")
-    for layer in sorted({int(name.split(".")[0]) for name in experts}):
-        state = {name: value for name, value in experts.items() if int(name.split(".")[0]) == layer}
-        data = pack(state, run=meta.run.name, shape=meta.run.model.expert_shape)
-        _expert_file(partial, layer).write_bytes(data)
+    partial.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in _trunk(model).items()}, partial / TRUNK)
+    save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER)
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, value in experts.items():
+        layers.setdefault(expert_id(name).layer, {})[name] = value
+    for layer, state in sorted(layers.items()):
+        file = expert_file(partial, layer)
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(pack(state, run=meta.run.name, shape=meta.run.model.expert_shape))
     files = sorted(p for p in partial.rglob("*") if p.is_file())
-    state = {
+    description = {
         "format": FORMAT,
         "run": json.loads(to_json(meta.run)),
         "step": meta.step,
@@ -103,19 +117,34 @@ def _write(
         "sequences": meta.sequences,
         "sha256": {str(p.relative_to(partial)): _sha256(p) for p in files},
     }
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
-    for path in [*files, partial / "state.json"]:
+    (partial / STATE).write_text(json.dumps(description, indent=1))
+    for path in [*files, partial / STATE]:
         _flush(path)
 
 
 def newest_checkpoint(folder: Path) -> Path:
     """`folder` itself if it is a checkpoint, else the newest one in it; CheckpointError when there is none."""
-    if (folder / "state.json").exists():
-        return folder
-    found = sorted(p for p in folder.glob("step-*") if (p / "state.json").exists())
+    found = folder if is_checkpoint(folder) else newest_in(folder)
+    if found is None:
+        raise CheckpointError(f"no checkpoint in {folder}: expected {folder}/{ANY_STATE}")
+    return found
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint in `folder`: itself, of a trainer's output, or of a whole local run.
+
+    CheckpointError when there is none. Of trainers at the same step the first one counts: their experts are equal.
+    """
+    found: list[Path] = []
+    for place in (folder, checkpoints_of(folder), *all_checkpoints_of(folder)):
+        try:
+            found.append(newest_checkpoint(place))
+        except CheckpointError:
+            continue
     if not found:
-        raise CheckpointError(f"no checkpoint in {folder}: expected {folder}/step-N/state.json")
-    return found[-1]
+        trainers = checkpoints_of(folder / "trainer-*")
+        raise CheckpointError(f"no checkpoint in {folder}, {checkpoints_of(folder)} or {trainers}")
+    return max(found, key=lambda path: read_meta(path).step)
 
 
 def set_aside_later(folder: Path, step: int) -> None:
@@ -124,18 +153,16 @@ def set_aside_later(folder: Path, step: int) -> None:
     A training that begins (or goes on) at `step` replaces them, and the newest one must be one of its own: stopped
     before it gets so far, it would otherwise be resumed from its predecessor's.
     """
-    for path in sorted(folder.glob("step-*")):
-        number = path.name.removeprefix("step-")
-        if number.isdecimal() and int(number) > step:
-            aside = folder / f"replaced-{path.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
+    for path in after(folder, step):
+        aside = folder / f"replaced-{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
 
 
 def read_meta(path: Path) -> CheckpointMeta:
     """The description of the checkpoint at `path`, after checking every file against its checksum."""
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads((path / STATE).read_text())
         if state["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {state['format']}, this version reads {FORMAT}")
         for name, expected in state["sha256"].items():
@@ -181,7 +208,7 @@ def completed(
 
 
 def _missing(run: RunConfig, state: Mapping[str, Tensor]) -> list[ExpertId]:
-    there = {name.rpartition(".")[0] for name in state}
+    there = experts_in(state)
     return [expert for expert in run.model.expert_ids if str(expert) not in there]
 
 
@@ -193,47 +220,47 @@ def load_experts_of(path: Path, run: RunConfig, experts: Collection[ExpertId]) -
     """State of those of `experts` that the checkpoint at `path` has, without what they had summed up for their next
     step; CheckpointError when it is damaged or of another run."""
     found: dict[str, Tensor] = {}
-    wanted = {f"{expert}.{field}" for expert in experts for field in (*STATE_FIELDS, LINEAGE_FIELD)}
+    wanted = {tensor_name(expert, field) for expert in experts for field in (*STATE_FIELDS, LINEAGE_FIELD)}
     for layer in sorted({expert.layer for expert in experts}):
-        file = _expert_file(path, layer)
-        if not file.exists():
-            continue
-        try:
-            state = unpack(file.read_bytes(), run=run.name, shape=run.model.expert_shape)
-        except OSError as error:
-            raise CheckpointError(f"{file}: {error}") from error
-        found |= {name: value for name, value in state.items() if name in wanted}
+        found |= {name: value for name, value in load_layer(path, run, layer).items() if name in wanted}
     return found
+
+
+def load_layer(path: Path, run: RunConfig, layer: int) -> dict[str, Tensor]:
+    """State of the experts of `layer` that the checkpoint at `path` has; CheckpointError as `load_experts_of`."""
+    file = expert_file(path, layer)
+    if not file.exists():
+        return {}
+    try:
+        return unpack(file.read_bytes(), run=run.name, shape=run.model.expert_shape)
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def versions_of(state: Mapping[str, Tensor]) -> dict[ExpertId, int]:
     """Optimizer steps of each expert in `state`, ascending by expert."""
-    found = {name.rpartition(".")[0]: int(value) for name, value in state.items() if name.endswith(".version")}
-    return {ExpertId(*map(int, name.split("."))): found[name] for name in found}
+    return {expert_id(name): int(value) for name, value in state.items() if split_name(name)[1] == "version"}
 
 
 def saved_versions(path: Path) -> dict[ExpertId, int]:
     """Optimizer steps of each expert in the checkpoint at `path`; CheckpointError when it cannot be read."""
     found: dict[str, Tensor] = {}
-    for file in sorted((path / "experts").glob("layer-*.safetensors")):
+    for file in expert_files(path):
         try:
             # The weights stay on the disk.
             with safe_open(file, "pt") as tensors:
-                found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name.endswith(".version")}  # noqa: SIM118
+                versions = [name for name in tensors.keys() if split_name(name)[1] == "version"]  # noqa: SIM118
+                found |= {name: tensors.get_tensor(name) for name in versions}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: {error}") from error
     return versions_of(found)
 
 
-def _expert_file(path: Path, layer: int) -> Path:
-    return path / "experts" / f"layer-{layer:03d}.safetensors"
-
-
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Trunk and optimizer from the checkpoint at `path` into `model` and `optimizer`; CheckpointError names misfits."""
     try:
-        trunk = load_file(path / "trunk.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
+        trunk = load_file(path / TRUNK)
+        moments = load_file(path / OPTIMIZER)
         missing, unexpected = model.load_state_dict(trunk, strict=False)
         # Tied parameters are stored once.
         if unexpected or set(missing) - set(_aliases(model)):

@@ -25,10 +25,10 @@ from moe_net.experts.replicate import average, divergence, rebase
 from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.grpc_client import GrpcTransport
-from moe_net.types import PeerInfo
+from moe_net.types import ExpertId, PeerInfo
 from moe_net.wire.exchange import ChunkReader, ExchangeHead, write_chunks
 from moe_net.wire.snapshot import pack, unpack
-from moe_net.wire.state import max_state_bytes
+from moe_net.wire.state import experts_in, max_state_bytes
 from moe_peer.device import DeviceThread
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Replicator:
             self._host.check_state(head.layer, theirs)
         except CheckpointError as error:
             raise WireError(f"data: {error}") from error
-        if {name.rpartition(".")[0] for name in theirs} != {f"{head.layer}.{index}" for index in head.indices}:
+        if experts_in(theirs) != {str(ExpertId(head.layer, index)) for index in head.indices}:
             raise WireError("data: not of the experts that expert_index names")
         return theirs
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
+from moe_net.checkpoint_folder import checkpoints_of
 from moe_net.errors import CheckpointError
 from moe_net.placement.view import View
 from moe_net.rpc.base import CallError
@@ -23,7 +24,7 @@ def resume_trunk(folder: Path, trainer: Trainer, expected: CheckpointMeta) -> Pa
 
     CheckpointError when it is not of the same run, text and trainers as `expected` (whose step does not count).
     """
-    inner = folder / "checkpoints"
+    inner = checkpoints_of(folder)
     path = newest_checkpoint(inner if inner.is_dir() else folder)
     meta = read_meta(path)
     for name in ("run", "data_fingerprint", "tokenizer_fingerprint", "trainers", "sequences"):

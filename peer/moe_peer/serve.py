@@ -24,7 +24,7 @@ from moe_net.discovery.join import resolve_join
 from moe_net.discovery.listen import advertised_address
 from moe_net.discovery.manifest import find_manifest, keep_manifest, put_manifest
 from moe_net.discovery.record import Identity, to_ranges
-from moe_net.errors import CheckpointError, JoinError
+from moe_net.errors import JoinError
 from moe_net.experts.bank import memory_bytes
 from moe_net.experts.host import ExpertHost
 from moe_net.placement.assign import assign
@@ -33,9 +33,8 @@ from moe_net.rpc.grpc_client import GrpcTransport
 from moe_net.signals import on_signals
 from moe_net.types import ExpertId
 from moe_net.wire.allocator import tune_allocator
-from moe_net.wire.snapshot import unpack
 from moe_peer.catchup import catch_up
-from moe_peer.checkpoint import newest_checkpoint, read_meta
+from moe_peer.checkpoint import find_checkpoint, load_layer
 from moe_peer.config import ServeConfig, parse_experts
 from moe_peer.gossip import Gossip, Meeting
 from moe_peer.memory import find_device, room_for_experts
@@ -244,22 +243,6 @@ def _make_host(config: ServeConfig, run: RunConfig, experts: tuple[ExpertId, ...
     return host
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint in `folder`: itself, of a trainer's output, or of a whole local run (`trainer-*`).
-
-    CheckpointError when there is none. Of trainers at the same step the first one counts: their experts are equal.
-    """
-    found: list[Path] = []
-    for place in (folder, folder / "checkpoints", *sorted(folder.glob("trainer-*/checkpoints"))):
-        try:
-            found.append(newest_checkpoint(place))
-        except CheckpointError:
-            continue
-    if not found:
-        raise CheckpointError(f"no checkpoint in {folder}, {folder}/checkpoints or {folder}/trainer-*/checkpoints")
-    return max(found, key=lambda path: read_meta(path).step)
-
-
 def load_experts(host: ExpertHost, run: RunConfig, folder: Path) -> int:
     """Experts hosted here from the newest checkpoint in `folder`; how many. Those it lacks stay fresh, with a warning.
 
@@ -268,9 +251,7 @@ def load_experts(host: ExpertHost, run: RunConfig, folder: Path) -> int:
     path = find_checkpoint(folder)
     loaded = 0
     for layer in sorted({expert.layer for expert in host.experts}):
-        file = path / "experts" / f"layer-{layer:03d}.safetensors"
-        if file.exists():
-            loaded += host.load_state(unpack(file.read_bytes(), run=run.name, shape=run.model.expert_shape))
+        loaded += host.load_state(load_layer(path, run, layer))
     log.info("loaded %d of %d experts from %s", loaded, len(host.experts), path)
     if loaded < len(host.experts):
         log.warning("%d experts are not in %s: they start afresh", len(host.experts) - loaded, path)

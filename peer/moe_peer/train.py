@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from moe_net.checkpoint_folder import checkpoints_of
 from moe_net.client import Membership, join_run
 from moe_net.config import RunConfig
 from moe_net.data.batches import Batches, BatchId, IdsBatch, eval_batches
@@ -282,7 +283,7 @@ class _Session:
         self.faults += faults
         meta = _meta(self.config, self.text, self.trainer)
         self.last_checkpoint = save_checkpoint(
-            self.config.out / "checkpoints", meta, self.trainer.model, self.trainer.optimizer, experts
+            checkpoints_of(self.config.out), meta, self.trainer.model, self.trainer.optimizer, experts
         )
         self.saved_step = meta.step
         return self.last_checkpoint
@@ -381,7 +382,7 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop
     )  # fmt: skip
     stack.enter_context(trainer)
     resumed = None if config.resume is None else _resume(config, config.resume, text, trainer, member, faults)
-    set_aside_later(config.out / "checkpoints", trainer.step)
+    set_aside_later(checkpoints_of(config.out), trainer.step)
     metrics = stack.enter_context(MetricsLog(config.out / "metrics.jsonl", resume_step=trainer.step))
     display = stack.enter_context(
         TrainDisplay(

@@ -14,10 +14,10 @@ from moe_net.errors import CheckpointError
 from moe_net.experts.host import ExpertHost
 from moe_net.model.config import ModelConfig
 from moe_net.types import ExpertId
-from moe_peer.checkpoint import CheckpointMeta, save_checkpoint
+from moe_peer.checkpoint import CheckpointMeta, find_checkpoint, save_checkpoint
 from moe_peer.cli import main, read_command_line
 from moe_peer.config import ServeConfig, TrainConfig, parse_experts
-from moe_peer.serve import describe, find_checkpoint, load_experts
+from moe_peer.serve import describe, load_experts
 
 MODEL = ModelConfig(d_model=8, d_ff_expert=4, n_layers=4, moe_every=2, n_experts=4, n_heads=1, n_kv_heads=1, head_dim=8)
 RUN = RunConfig(name="cli", model=MODEL)

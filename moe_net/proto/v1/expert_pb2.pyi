@@ -404,7 +404,7 @@ class CommitRequest(_message.Message):
     @_builtins.property
     def void_call_id(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Calls of this step whose gradient went to another replica, because it was not known here in time whether it had
-        been added: take it out if it was, and do not add it if it comes yet. 16 bytes each.
+        been added: take it out if it was, and do not add it if it comes yet. 16 bytes each, at most 4096 of them.
         """
 
     def __init__(

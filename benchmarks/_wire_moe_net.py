@@ -19,8 +19,8 @@ from _processes import say
 from _wire_common import D_MODEL, ROUND_TRIP_TIMEOUT_S, RoundTrip, rows_of, run_side
 from torch import Tensor
 
+from moe_net.client import make_banks
 from moe_net.errors import ExpertCallError, WireError
-from moe_net.experts.bank import ExpertBank
 from moe_net.experts.host import ExpertHost
 from moe_net.rpc.grpc_client import GrpcTransport
 from moe_net.types import Encoding
@@ -38,19 +38,6 @@ class EchoHost(ExpertHost):
 
     def forward_many(self, calls: Sequence[ForwardCall]) -> list[ForwardAnswer | ExpertCallError | WireError]:
         return [ForwardAnswer(y_RD=call.rows.x_RD, versions=VERSIONS, encoding=call.reply_encoding) for call in calls]
-
-
-def make_bank() -> ExpertBank:
-    return ExpertBank(
-        layer=LAYER,
-        indices=[expert.index for expert in EXPERTS],
-        shape=RUN.model.expert_shape,
-        optimizer=RUN.optimizer,
-        global_batch_tokens=RUN.global_batch_tokens,
-        run=RUN.name,
-        seed=RUN.seed,
-        init_std=RUN.model.init_std,
-    )
 
 
 def make_call(x_RD: Tensor) -> ForwardCall:
@@ -75,7 +62,7 @@ def make_call(x_RD: Tensor) -> ForwardCall:
 
 
 async def serve() -> None:
-    server = ExpertServer(EchoHost({LAYER: make_bank()}), run=RUN, peer_id=PEER)
+    server = ExpertServer(EchoHost(make_banks(RUN, EXPERTS)), run=RUN, peer_id=PEER)
     await server.start("127.0.0.1:0")
     try:
         say(event="ready", address=server.address)

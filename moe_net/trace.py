@@ -15,7 +15,7 @@ class FaultEvent:
     `forward_overdue`, `backward_overdue`: it was late, and another replica was asked as well;
     `peer_suspended`, `peer_back`, `peer_unlisted` (the directory has lost it, and it still answers);
     `no_live_experts`, `stale_gradient`, `experts_differ`, `experts_carried_over`, `checkpoint_damaged`,
-    `checkpoint_incomplete`."""
+    `checkpoint_incomplete`, `checkpoint_failed`."""
     peer: str = ""
     """Peer id, when one peer is concerned."""
     layer: int = -1

@@ -60,7 +60,7 @@ class LocalOptions:
     trainers: int = 1
     """Trainers. They share the experts; each trains a trunk of its own."""
     replicas: int = 1
-    """Peers that host each expert; they average what they learn."""
+    """Peers that host each expert; each steps with the gradients of all."""
     spread_replicas: bool = False
     """Trainers share their tokens out among an expert's replicas, instead of keeping to their favourites."""
     kill_peer_at_step: int | None = None

@@ -1,4 +1,4 @@
-"""The trainer's process around its steps: what a step's record says, and which events it makes."""
+"""What is around a trainer's steps: what a step's record says, and which events it makes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from moe_net.rpc.portal import Portal
 from moe_net.rpc.swarm import ExpertSwarm
 from moe_net.types import PeerInfo
 from moe_net.wire.messages import CommitCall
-from moe_peer import train
 from moe_peer.config import TrainConfig
 from moe_peer.display import TrainDisplay
 from moe_peer.metrics import Event, MetricsLog, StepMetrics, read_metrics
+from moe_peer.session import Session, stale_gradient
 
 RUN = small_run()
 
 
 @contextmanager
-def session(folder: Path, **settings: Any) -> Iterator[tuple[train._Session, ExpertHost]]:
+def session(folder: Path, **settings: Any) -> Iterator[tuple[Session, ExpertHost]]:
     """A trainer of one host in this process."""
     config = TrainConfig(out=folder, sequences=4, **settings)
     host = ExpertHost(make_banks(RUN, RUN.model.expert_ids))
@@ -45,11 +45,12 @@ def session(folder: Path, **settings: Any) -> Iterator[tuple[train._Session, Exp
         swarm = ExpertSwarm(trainer="t", transport=transport, view=lambda: view, on_event=faults.append)
         link = SwarmLink(swarm=swarm, runner=portal)
         yield (
-            train._Session(
+            Session(
                 config=config, run=RUN, text=SimpleNamespace(tokenizer=ByteTokenizer()),  # type: ignore[arg-type]
                 member=SimpleNamespace(link=link, transport=transport),  # type: ignore[arg-type]
                 trainer=make_trainer(RUN, link), metrics=metrics, display=TrainDisplay("t", mode="off"),
-                stop=train._Stop(), faults=faults, records=[], drops=DropWindow(), last_checkpoint=None, saved_step=0,
+                asked_to_stop=lambda: False, faults=faults, records=[], drops=DropWindow(), last_checkpoint=None,
+                saved_step=0,
             ),
             host,
         )  # fmt: skip
@@ -89,5 +90,5 @@ def test_a_run_whose_gradients_all_get_lost_is_stopped_like_one_without_answers(
 
 def test_without_a_bound_any_age_will_do() -> None:
     old = StepMetrics(step=0, loss=1.0, tokens=1, step_s=1.0, staleness_max=1000)
-    assert train.stale_gradient(old, 0) is None
-    assert train.stale_gradient(old, 999) is not None
+    assert stale_gradient(old, 0) is None
+    assert stale_gradient(old, 999) is not None

@@ -1,4 +1,4 @@
-"""Discovery in hivemind's DHT, on the caller's loop; with `guard` the only file that imports hivemind.
+"""Discovery in hivemind's DHT, on the caller's loop; with `daemon` and `guard` all that imports hivemind.
 
 Freshness. All of hivemind's caches are off and a read merges what every replica has, by the latest expiry of each
 entry: a refresh replaces and a withdrawal hides a record as soon as one replica of the shard has it.
@@ -13,16 +13,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Collection, Coroutine, Sequence
 from contextvars import ContextVar
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from moe_net.discovery import layout
 from moe_net.discovery.crowd import Crowd, RunExperts
+from moe_net.discovery.daemon import SHUTDOWN_TIMEOUT_S, Daemon, dismantle, socket_directory, start_daemon
 from moe_net.discovery.guard import NoCache, Store, Validator, limit_nesting
 from moe_net.discovery.layout import (
     MAX_MANIFEST_BYTES,
@@ -43,7 +42,7 @@ with warnings.catch_warnings():
     from hivemind.dht.node import DHTNode
     from hivemind.dht.protocol import ValidationError
     from hivemind.dht.routing import DHTID
-    from hivemind.p2p import P2P, P2PDaemonError, PeerID
+    from hivemind.p2p import P2PDaemonError, PeerID
     from hivemind.utils.multiaddr import Multiaddr
 
 log = logging.getLogger(__name__)
@@ -56,56 +55,6 @@ REPLICAS = 5
 """Nodes that keep each dictionary."""
 BEAM = 10
 """Nodes a read asks per dictionary: twice the replicas, so that new nodes nearer to the key do not hide old ones."""
-# An AF_UNIX path has at most 107 bytes; the daemon's file names take up to 32.
-_MAX_SOCKET_DIR_BYTES = 70
-_SHUTDOWN_TIMEOUT_S = 5.0
-
-
-class _Daemon(P2P):
-    """hivemind's handle on its libp2p daemon, so that it can be ended from every state of its start.
-
-    Use a subclass made by `in_directory`: hivemind reads the paths of its two sockets from the class. In a
-    directory of our own with mode 0700 they are private, and go with it.
-    """
-
-    made: ClassVar[list[_Daemon]]
-
-    def __init__(self) -> None:
-        super().__init__()
-        type(self).made.append(self)
-
-    @staticmethod
-    def in_directory(directory: str) -> type[_Daemon]:
-        return type("_DaemonIn", (_Daemon,), {"_UNIX_SOCKET_PREFIX": f"/unix{directory}/", "made": []})
-
-    @staticmethod
-    def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
-        # A session of its own: the terminal's Ctrl-C must not end the daemon before our withdrawal is out.
-        setsid = shutil.which("setsid")
-        return [*([setsid] if setsid else []), *P2P._make_process_args(*args, **kwargs)]
-
-    @property
-    def has_exited(self) -> bool:
-        return self._child is None or self._child.returncode is not None
-
-    async def end(self) -> None:
-        """Stop the daemon and wait for it; kill it when it does not stop."""
-        try:
-            async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
-                await self.shutdown()
-                # hivemind cancels its reader and does not wait; and until the pipe is at its end, asyncio keeps the
-                # transport of a process open.
-                reader, child = cast("tuple[asyncio.Task[None] | None, Any]", (self._reader_task, self._child))
-                if reader is not None:
-                    await asyncio.wait([reader])
-                    await child.stdout.read()
-        except TimeoutError:
-            log.warning("the libp2p daemon did not stop within %.0f s and is killed", _SHUTDOWN_TIMEOUT_S)
-        finally:
-            # Also when cancelled: the loop is going down and nobody will wait any more.
-            if self._child is not None and self._child.returncode is None:
-                self._child.kill()
-
 
 # The keys of one read of which another node has said what it has, or that it has nothing.
 _answered: ContextVar[set[DHTID] | None] = ContextVar("answered", default=None)
@@ -122,41 +71,6 @@ class _Node(DHTNode):
         return answers
 
 
-async def _start_daemon(
-    directory: str, join: Sequence[str], listen: str, client_mode: bool, timeout_s: float
-) -> _Daemon:
-    kind = _Daemon.in_directory(directory)
-    # importlib.resources.path, which hivemind calls, warns in Python 3.11 and 3.12, and no more in 3.13.
-    warnings.filterwarnings("ignore", "path is deprecated", DeprecationWarning, r"hivemind\.p2p\.")
-    creating = kind.create(
-        initial_peers=list(join) or None,
-        host_maddrs=None if client_mode else [listen],
-        no_listen=client_mode,
-        # Only who listens beyond this machine needs a port of the router.
-        nat_port_map=not client_mode and not listen.startswith("/ip4/127."),
-        dht_mode="client" if client_mode else "server",
-        startup_timeout=timeout_s,
-    )
-    starting = asyncio.create_task(creating)
-    try:
-        # Not cancelled half-way: the process must be known to us before it can be ended.
-        return cast(_Daemon, await asyncio.shield(starting))
-    except BaseException:
-        await asyncio.wait([starting], timeout=timeout_s)
-        starting.cancel()
-        await asyncio.wait([starting])
-        if not starting.cancelled():
-            starting.exception()
-        for daemon in kind.made:
-            await daemon.end()
-        raise
-
-
-def _socket_directory() -> str:
-    base = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="moe-net-", dir=base if len(base.encode()) <= _MAX_SOCKET_DIR_BYTES else "/tmp")
-
-
 def _peer_in(address: str) -> PeerID:
     try:
         return PeerID.from_base58(Multiaddr(address)["p2p"])
@@ -170,7 +84,7 @@ class DhtDiscovery:
     """A member of a run's DHT. Make it with `create`; `close` it, or use it as an async context manager."""
 
     def __init__(
-        self, daemon: _Daemon, node: DHTNode, validator: Validator, directory: str, members: Sequence[PeerID],
+        self, daemon: Daemon, node: DHTNode, validator: Validator, directory: str, members: Sequence[PeerID],
         *, run: str | None, shards: int, addresses: tuple[str, ...], client_mode: bool, timeout_s: float,
     ) -> None:  # fmt: skip
         """Use `create`."""
@@ -216,14 +130,14 @@ class DhtDiscovery:
         if client_mode and not join:
             raise ValueError("a client keeps nothing and needs a member to join: give the address of one")
         members = [_peer_in(address) for address in join]
-        directory = _socket_directory()
+        directory = socket_directory()
         validator = Validator(shards)
         if run is not None:
             validator.guard(run)
-        daemon: _Daemon | None = None
+        daemon: Daemon | None = None
         try:
             async with asyncio.timeout(join_timeout_s):
-                daemon = await _start_daemon(directory, join, listen, client_mode, join_timeout_s)
+                daemon = await start_daemon(directory, join, listen, client_mode, join_timeout_s)
                 node = await _Node.create(
                     p2p=daemon,
                     num_replicas=replicas,
@@ -241,7 +155,7 @@ class DhtDiscovery:
                     raise JoinError("they did not answer in the DHT's protocol")
                 addresses = () if client_mode else tuple(str(a) for a in await daemon.get_visible_maddrs())
         except (P2PDaemonError, ValidationError, JoinError, OSError, TimeoutError) as error:
-            await _dismantle(daemon, directory)
+            await dismantle(daemon, directory)
             reason = str(error) or f"not within {join_timeout_s:.0f} s"
             if not join:
                 raise DiscoveryError(f"the libp2p daemon could not listen on {listen}: {reason}") from error
@@ -250,7 +164,7 @@ class DhtDiscovery:
                 "Is a member running there? Behind a firewall, join in client mode"
             ) from error
         except BaseException:
-            await _dismantle(daemon, directory)
+            await dismantle(daemon, directory)
             raise
         return cls(
             daemon, node, validator, directory, members,
@@ -367,14 +281,14 @@ class DhtDiscovery:
         for task in self._running:
             task.cancel()
         try:
-            async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
+            async with asyncio.timeout(SHUTDOWN_TIMEOUT_S):
                 # Waits for the daemon's word that our handlers are gone.
                 if not self._daemon.has_exited:
                     await self._node.shutdown()
         except (TimeoutError, P2PDaemonError, OSError) as error:
             log.debug("the DHT node did not shut down: %r", error)
         finally:
-            await _dismantle(self._daemon, self._directory)
+            await dismantle(self._daemon, self._directory)
 
     def _require_run(self) -> str:
         if self.run is None:
@@ -444,11 +358,3 @@ async def _greet(node: DHTNode, members: Sequence[PeerID]) -> bool:
         return False
     await node.find_nearest_nodes([node.node_id])
     return True
-
-
-async def _dismantle(daemon: _Daemon | None, directory: str) -> None:
-    try:
-        if daemon is not None:
-            await daemon.end()
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)

@@ -40,7 +40,6 @@ from moe_peer.server import ExpertServer
 RUN = small_run()
 D = RUN.model.d_model
 SHAPE = RUN.model.expert_shape
-ANY_PORT = "127.0.0.1:0"
 ALL = list(range(RUN.model.n_experts))
 
 

@@ -7,7 +7,6 @@ T tokens, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,15 +16,6 @@ from moe_net.model.losses import auxiliary_loss, balance_loss, updated_bias, z_l
 
 T, E = 9, 5
 LIVE = [True, False, True, True, False]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These matrices gain nothing from threads, and on busy cores waiting for them takes 20 times longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_logits() -> torch.Tensor:

@@ -7,7 +7,6 @@ B sequences, S positions, T = B * S tokens, D model width, E experts, K experts 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,15 +16,6 @@ from moe_net.model.config import RouterConfig
 from moe_net.model.router import Router, Routing, combine_denominator, expert_capacity
 
 D, E = 12, 6
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These matrices gain nothing from threads, and on busy cores waiting for them takes 20 times longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_router(*, layer: int = 3, seed: int = 1, std: float = 0.5, **config: object) -> Router:

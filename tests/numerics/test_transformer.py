@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,15 +39,6 @@ SMALL = ModelConfig(
     init_std=0.3,
     router=RouterConfig(experts_per_token=2),
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices of 16 columns gain nothing from threads, and on busy cores waiting for them takes 20 times longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def local_model(config: ModelConfig = SMALL, *, seed: int = 0) -> Transformer:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 STOP = (signal.SIGTERM, signal.SIGINT)
 
@@ -21,3 +22,21 @@ def on_signals(call: Callable[[int], None], numbers: Sequence[signal.Signals] = 
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+async def until_signalled(work: Coroutine[Any, Any, None]) -> None:
+    """`work`, which the first signal cancels wherever it is; returns when it has cleared up. Its errors are raised."""
+    working = asyncio.create_task(work)
+    stopping = False
+
+    def stop(_: int) -> None:
+        nonlocal stopping
+        # A second signal must not cut short the leaving that the first one began.
+        if not stopping:
+            stopping = True
+            working.cancel()
+
+    with on_signals(stop):
+        await asyncio.wait([working])
+    if not (stopping and working.cancelled()):
+        working.result()

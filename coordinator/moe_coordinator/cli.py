@@ -1,35 +1,19 @@
-"""`moe-coordinator`: serve a run, or run a whole swarm on this machine."""
+"""`moe-coordinator`: the way in. Importing is most of a start, so nothing is imported before Ctrl-C can be caught."""
 
 from __future__ import annotations
 
-import sys
-
-import tyro
-
-from moe_coordinator.config import LocalOptions, ServeOptions
-from moe_net.errors import MoeNetError
-
 
 def main() -> None:
+    """The command; leaves by SystemExit: 0 after a clean stop, 1 when the swarm refused or failed, 2 for a user's
+    mistake, 130 when interrupted before it had begun, 128 + the signal when that stopped a local swarm."""
     try:
-        options = tyro.extras.subcommand_cli_from_dict(
-            {"serve": ServeOptions, "local": LocalOptions},
-            prog="moe-coordinator",
-            description="First contact for a run, and a whole swarm as local processes.",
-        )
-        # Imported here, so that --help starts neither grpc nor an event loop.
-        if isinstance(options, LocalOptions):
-            from moe_coordinator import local
+        from moe_net.entry import LeaveAtOnce
 
-            code = local.main(options)
-        else:
-            from moe_coordinator import serve
+        with LeaveAtOnce():
+            from moe_coordinator.command_line import run_command
 
-            code = serve.main(options)
-    except (ValueError, OSError, MoeNetError) as error:
-        print(f"moe-coordinator: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, MoeNetError) else 2) from None
-    except KeyboardInterrupt:  # before the command took the signals over: nothing had begun
+            code = run_command()
+    except KeyboardInterrupt:
         raise SystemExit(130) from None
     raise SystemExit(code)
 

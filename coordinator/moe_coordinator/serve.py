@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import time
@@ -11,19 +10,19 @@ from collections.abc import Sequence
 import uvloop
 
 from moe_coordinator.config import ServeOptions
-from moe_net.config import RunConfig, load_toml, to_json
+from moe_coordinator.service import CoordinatorServicer, running_server
+from moe_net.config import RunConfig, to_json
 from moe_net.discovery.base import Discovery
+from moe_net.discovery.dht import DhtDiscovery
+from moe_net.discovery.join import resolve_join
 from moe_net.discovery.manifest import keep_manifest
-from moe_net.signals import on_signals
-
-log = logging.getLogger(__name__)
+from moe_net.signals import until_signalled
 
 
-def main(options: ServeOptions) -> int:
-    """Serve until SIGTERM or SIGINT; returns exit code 0."""
+def main(options: ServeOptions, run: RunConfig) -> int:
+    """Serve `run` until SIGTERM or SIGINT; returns exit code 0."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    run = load_toml(RunConfig, options.config)
-    uvloop.run(_serve(options, run))
+    uvloop.run(until_signalled(_serve(options, run)))
     return 0
 
 
@@ -36,32 +35,18 @@ async def publish_manifest(discovery: Discovery, manifest_json: str, *, ttl_s: f
 
 
 async def _serve(options: ServeOptions, run: RunConfig) -> None:
-    stop = asyncio.Event()
-    with on_signals(lambda _: stop.set()):
-        await _serve_until(stop, options, run)
-
-
-async def _serve_until(stop: asyncio.Event, options: ServeOptions, run: RunConfig) -> None:
-    # Imported here: hivemind and its torch take seconds, in which a wrong manifest has been reported already.
-    from moe_coordinator.service import CoordinatorServicer, running_server
-    from moe_net.discovery.dht import DhtDiscovery
-
     manifest_json = to_json(run)
     members: Sequence[str] = ()
     if options.join:
-        from moe_net.discovery.join import resolve_join
-
         _, members = await resolve_join(options.join)
     # The DHT before the gRPC server: its daemon is forked, and gRPC does not survive a fork.
     discovery = await DhtDiscovery.create(run=run.name, join=members, listen=options.dht_multiaddr)
     try:
         await publish_manifest(discovery, manifest_json, ttl_s=options.manifest_ttl_s)
         servicer = CoordinatorServicer(manifest_json=manifest_json, dht_addresses=discovery.addresses)
-        async with running_server(servicer, options.listen) as address, asyncio.TaskGroup() as tasks:
-            refresh = tasks.create_task(keep_manifest(discovery, manifest_json, ttl_s=options.manifest_ttl_s))
+        async with running_server(servicer, options.listen) as address:
             ready = {"event": "ready", "role": "coordinator", "address": address, "dht": list(discovery.addresses)}
             print(json.dumps({**ready, "run": run.name}), flush=True)
-            await stop.wait()
-            refresh.cancel()
+            await keep_manifest(discovery, manifest_json, ttl_s=options.manifest_ttl_s)
     finally:
         await discovery.close()

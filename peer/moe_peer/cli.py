@@ -1,69 +1,21 @@
-"""`moe-peer`: host experts of a run, or train its trunk."""
+"""`moe-peer`: the way in. Importing is most of a start, so nothing is imported before Ctrl-C can be caught."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Union
 
-import tyro
-
-from moe_net.config import load_toml
-from moe_net.errors import MoeNetError
-from moe_net.garbage import tune_collector
-from moe_net.rpc.poller import choose_poller
-from moe_peer.config import ServeConfig, TrainConfig
-
-COMMANDS: dict[str, type[Any]] = {"serve": ServeConfig, "train": TrainConfig}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command; leaves by SystemExit: 0 after a clean stop, 1 when the swarm refused, 2 for a user's mistake, 130
     when interrupted before it had begun (or, training, a second time)."""
     try:
-        config = read_command_line(list(sys.argv[1:] if arguments is None else arguments))
-        choose_poller()
-        # Imported here, so that --help starts neither torch nor grpc nor an event loop.
-        if isinstance(config, ServeConfig):
-            from moe_peer.serve import run_serve
+        from moe_net.entry import LeaveAtOnce
 
-            tune_collector()
-            code = run_serve(config)
-        else:
-            from moe_peer.train import run_train
+        with LeaveAtOnce():
+            from moe_peer.command_line import run_command
 
-            tune_collector()
-            code = run_train(config)
-    except (ValueError, OSError, MoeNetError) as error:
-        print(f"moe-peer: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, MoeNetError) else 2) from None
-    except KeyboardInterrupt:  # before the command took the signals over: nothing had begun
+            code = run_command(arguments)
+    except KeyboardInterrupt:
         raise SystemExit(130) from None
     raise SystemExit(code)
-
-
-def read_command_line(arguments: list[str]) -> ServeConfig | TrainConfig:
-    """Options over those of the TOML file of `--config`, over the defaults. ValueError names the file's mistakes."""
-    command = arguments[0] if arguments else ""
-    file = _config_file(arguments)
-    kinds: list[Any] = []
-    for name, kind in COMMANDS.items():
-        default = load_toml(kind, file) if file is not None and name == command else kind()
-        kinds.append(Annotated[kind, tyro.conf.subcommand(name=name, default=default)])
-    # A union made at run time: the defaults are the file's.
-    either: Any = Union[tuple(kinds)]  # noqa: UP007
-    return tyro.cli(either, args=arguments, prog="moe-peer", description="Host experts of a run, or train its trunk.")
-
-
-def _config_file(arguments: Sequence[str]) -> Path | None:
-    """The value of `--config`, which must be read before the other options are."""
-    for position, text in enumerate(arguments):
-        if text.startswith("--config="):
-            return Path(text.removeprefix("--config="))
-        if text == "--config" and position + 1 < len(arguments):
-            return Path(arguments[position + 1])
-    return None
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from moe_net.experts.host import ExpertHost
 from moe_net.placement.assign import assign
 from moe_net.placement.view import View
 from moe_net.rpc.grpc_client import GrpcTransport
-from moe_net.signals import on_signals
+from moe_net.signals import until_signalled
 from moe_net.types import ExpertId
 from moe_net.wire.allocator import tune_allocator
 from moe_peer.catchup import catch_up
@@ -51,25 +51,8 @@ def run_serve(config: ServeConfig) -> int:
     tune_allocator()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    uvloop.run(_until_signalled(config))
+    uvloop.run(until_signalled(_serve(config)))
     return 0
-
-
-async def _until_signalled(config: ServeConfig) -> None:
-    serving = asyncio.create_task(_serve(config), name="serve")
-    stopping = False
-
-    def stop(_: int) -> None:
-        nonlocal stopping
-        # A second signal must not cut short the leaving that the first one began.
-        if not stopping:
-            stopping = True
-            serving.cancel()
-
-    with on_signals(stop):
-        await asyncio.wait([serving])
-    if not (stopping and serving.cancelled()):
-        serving.result()
 
 
 async def _serve(config: ServeConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -93,6 +94,23 @@ async def test_a_mistake_in_the_manifest_is_named_before_anything_starts(tmp_pat
     _, stderr = await process.communicate()
     assert process.returncode == 2
     assert b"model.n_expert: unexpected keyword" in stderr
+
+
+async def test_ctrl_c_ends_a_coordinator_that_waits_for_a_way_in(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(to_toml(RunConfig()))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "moe_coordinator.cli", "serve", "--config", str(tmp_path / "run.toml")),
+            *("--join", f"127.0.0.1:{listener.getsockname()[1]}"),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        silent, _ = await asyncio.get_running_loop().sock_accept(listener)
+        with silent:
+            process.send_signal(signal.SIGINT)
+            async with asyncio.timeout(5):  # it would wait for an answer twice as long
+                _, stderr = await process.communicate()
+    assert (process.returncode, stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -15,7 +15,8 @@ from moe_net.experts.host import ExpertHost
 from moe_net.model.config import ModelConfig
 from moe_net.types import ExpertId
 from moe_peer.checkpoint import CheckpointMeta, find_checkpoint, save_checkpoint
-from moe_peer.cli import main, read_command_line
+from moe_peer.cli import main
+from moe_peer.command_line import read_command_line
 from moe_peer.config import ServeConfig, TrainConfig, parse_experts
 from moe_peer.serve import describe, load_experts
 

@@ -27,6 +27,7 @@ from moe_net.rpc.forward import Answered, Tried
 from moe_net.rpc.hedge import race
 from moe_net.rpc.ledger import Ledger
 from moe_net.rpc.outlook import CallKind
+from moe_net.rpc.patience import Patience
 from moe_net.rpc.plan import Shipment, add_rows, ship
 from moe_net.rpc.policy import Move, after_backward, pause_s
 from moe_net.trace import FaultEvent
@@ -51,6 +52,7 @@ class BackwardPass:
         self._salt = salt
         self._grad_TD = grad_TD
         self._deadline_s = caller.now_s() + caller.outlook.policy.backward_timeout_s
+        self._patience = Patience(caller.outlook, CallKind.BACKWARD)
 
     async def run(self, answered: Sequence[Answered], n_pairs: int) -> tuple[Tensor, Tensor]:
         """Gradients of x [T, D] and of the gates [n_pairs, flattened T*K]; zero where nobody answered."""
@@ -176,10 +178,13 @@ class BackwardPass:
     async def _after_failure(
         self, one: Answered, failed: Failed, attempt: int, tried: Tried, *, blame: bool
     ) -> list[_Reply]:
-        outlook, failure = self._caller.outlook, failed.error.failure
+        outlook, rows, again_s = self._caller.outlook, one.shipment.token_R.numel(), float("inf")
+        if blame:
+            again_s, failed = self._patience.after(one.peer.peer_id, rows, failed, attempt=attempt)
+        failure = failed.error.failure
         gone = failure is CallFailure.INPUTS_GONE
         if blame and not gone:
-            outlook.blame(one.peer, CallKind.BACKWARD, one.shipment.token_R.numel(), failed)
+            outlook.blame(one.peer, CallKind.BACKWARD, rows, failed)
         tried |= _at(one)
         others = [] if gone else self._others(one, tried)
         left_s = self._deadline_s - self._caller.now_s()
@@ -201,8 +206,11 @@ class BackwardPass:
                 self._caller.stats.retries += 1
                 if move is Move.AGAIN:
                     await asyncio.sleep(
-                        pause_s(attempt=attempt, left_s=left_s, policy=outlook.policy, queue_s=failed.error.queue_s)
-                    )
+                        pause_s(
+                            attempt=attempt, left_s=min(left_s, again_s), policy=outlook.policy,
+                            queue_s=failed.error.queue_s,
+                        )
+                    )  # fmt: skip
                 return await self._deliver(one, attempt + 1, tried - _at(one), resend=gone)
 
     def _report(self, one: Answered, failed: Failed, action: str) -> None:

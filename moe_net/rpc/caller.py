@@ -84,6 +84,10 @@ class Caller:
         started_s = self._begin(hedge)
         answer = await self._ask(self._transport.backward(peer, call, timeout_s=timeout_s), started_s)
         if isinstance(answer, Failed):
+            if call.rows is not None and answer.error.failure is CallFailure.INPUTS_GONE:
+                # Held against nobody, and asked again at once: whoever says it to inputs would lose us all gradients.
+                error = CallError(CallFailure.REFUSED, peer.peer_id, "asked for the inputs that came with the call")
+                return Failed(error=error, waited_s=answer.waited_s)
             return answer
         useless = _implausible(peer, call.grad_RD, dx=answer.dx_RD, gate_grad=answer.gate_grad_P)
         if useless:

@@ -21,6 +21,7 @@ from moe_net.rpc.base import CallError, CallFailure, Failed
 from moe_net.rpc.caller import Caller
 from moe_net.rpc.hedge import race
 from moe_net.rpc.outlook import CallKind
+from moe_net.rpc.patience import Patience
 from moe_net.rpc.plan import Shipment, add_rows, answered_pairs, ship
 from moe_net.rpc.policy import Move, after_forward, pause_s
 from moe_net.trace import FaultEvent
@@ -82,6 +83,7 @@ class ForwardPass:
         self._train = train
         self._turn = turn
         self._deadline_s = caller.now_s() + caller.outlook.policy.forward_timeout_s
+        self._patience = Patience(caller.outlook, CallKind.FORWARD)
 
     async def run(self) -> LayerResult:
         """What no replica answers in time is simply not in the result."""
@@ -219,8 +221,10 @@ class ForwardPass:
         self, peer: PeerInfo, shipment: Shipment, failed: Failed, attempt: int, tried: Tried
     ) -> list[_Reply]:
         """The pairs of a call that failed: from other replicas where there are some, else from the same peer again."""
-        outlook, failure = self._caller.outlook, failed.error.failure
-        outlook.blame(peer, CallKind.FORWARD, shipment.token_R.numel(), failed)
+        outlook, rows = self._caller.outlook, shipment.token_R.numel()
+        again_s, failed = self._patience.after(peer.peer_id, rows, failed, attempt=attempt)
+        failure = failed.error.failure
+        outlook.blame(peer, CallKind.FORWARD, rows, failed)
         view, left_s = self._view(), self._deadline_s - self._caller.now_s()
         index_P = shipment.rows.expert_index_P
         by_move: dict[Move, list[int]] = {}
@@ -246,7 +250,7 @@ class ForwardPass:
                 work.append(self._all(self._ship(pairs_TK, now_tried), attempt=attempt + 1, tried=now_tried))
             else:
                 queue_s = failed.error.queue_s if failure is CallFailure.BUSY else 0.0
-                wait_s = pause_s(attempt=attempt, left_s=left_s, policy=outlook.policy, queue_s=queue_s)
+                wait_s = pause_s(attempt=attempt, left_s=min(left_s, again_s), policy=outlook.policy, queue_s=queue_s)
                 same = dict.fromkeys(experts, peer.peer_id)
                 work.append(self._again(peer, self._cut(pairs_TK, same), wait_s, attempt + 1, tried))
         return [reply for part in await asyncio.gather(*work) for reply in part]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import TypeVar
 
 import pytest
 import torch
-from faulty_swarms import EXPERTS, RUN, forward, swarm_of
+from faulty_swarms import EXPERTS, IDS_TK, RUN, X_TD, Clock, Faulty, forward, swarm_of
 from swarms import make_trainer, small_run
 
 from moe_net.client import make_banks
@@ -20,7 +21,7 @@ from moe_net.rpc.local import LocalTransport
 from moe_net.rpc.outlook import Outlook
 from moe_net.rpc.policy import CallPolicy
 from moe_net.rpc.portal import Portal
-from moe_net.rpc.swarm import ExpertSwarm
+from moe_net.rpc.swarm import ExpertSwarm, LayerResult
 from moe_net.types import PeerInfo
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, ForwardAnswer, ForwardCall
 
@@ -101,6 +102,85 @@ async def test_a_peer_that_is_busy_with_every_commit_holds_up_one_step_for_a_mom
     assert clock.now_s - began_s <= 2.0
     assert "p1" not in swarm.view().peers, "it owes a commit, and is asked in the background"
     assert ("peer_suspended", "masked") in transport.happened()
+    await swarm.close()
+
+
+async def known_alone(monkeypatch: pytest.MonkeyPatch) -> tuple[ExpertSwarm, Faulty, Clock]:
+    """A swarm of one peer that has answered often enough for its deadline to be `min_timeout_s`, 2 s. Pauses pass by
+    its clock."""
+    swarm, transport, _, clock = swarm_of(replicas=1, min_timeout_s=2.0)
+    for _ in range(3):
+        await backward(swarm, await forward(swarm))
+    turn = asyncio.sleep
+
+    async def sleep(wait_s: float) -> None:
+        clock.now_s += wait_s
+        await turn(0)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    return swarm, transport, clock
+
+
+async def backward(swarm: ExpertSwarm, result: LayerResult) -> torch.Tensor:
+    return (await swarm.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel()))[0]
+
+
+@pytest.mark.parametrize("says_s", [0.0, 1.5, 1e4])
+@pytest.mark.parametrize("method", ["forward", "backward"])
+async def test_the_only_replica_that_is_always_busy_holds_up_a_step_for_one_deadline_and_is_masked(
+    method: str, says_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm, transport, clock = await known_alone(monkeypatch)
+    transport.busy_s, began_s = says_s, clock.now_s
+    transport.fault = lambda name, peer: CallFailure.BUSY if name == method else None
+    result = await forward(swarm)
+    if method == "backward":
+        assert not (await backward(swarm, result)).any()
+    assert clock.now_s - began_s <= 2.0
+    assert ("peer_suspended", "masked") in transport.happened()
+    await swarm.close()
+
+
+async def test_a_peer_that_takes_a_deadline_to_break_a_connection_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    swarm, transport, clock = await known_alone(monkeypatch)
+
+    def slowly(name: str, peer: str) -> CallFailure | None:
+        clock.now_s += 2.0 * (name == "forward")
+        return CallFailure.UNREACHABLE if name == "forward" else None
+
+    began_s, transport.fault = clock.now_s, slowly
+    assert not (await forward(swarm)).answered_TK.any()
+    assert clock.now_s - began_s <= 2.0
+    assert ("peer_suspended", "masked") in transport.happened()
+    await swarm.close()
+
+
+async def test_a_peer_that_asks_for_inputs_which_it_was_sent_is_blamed_and_asked_once_more() -> None:
+    swarm, transport, _, _ = swarm_of(replicas=2)
+    result = await forward(swarm)
+    liar = result.answered[0].peer.peer_id
+    transport.fault = lambda name, peer: CallFailure.INPUTS_GONE if (name, peer) == ("backward", liar) else None
+    assert (await backward(swarm, result)).any(), "the replica has made it"
+    assert transport.asked("backward").count(liar) == 2
+    assert ("backward_failed", "elsewhere") in transport.happened()
+    await swarm.close()
+
+
+async def test_a_queue_that_is_longer_than_a_deadline_but_empties_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    swarm, transport, clock = await known_alone(monkeypatch)
+    empty_at_s = clock.now_s + 3.0
+
+    def queued(name: str, peer: str) -> CallFailure | None:
+        transport.busy_s = empty_at_s - clock.now_s
+        return CallFailure.BUSY if name == "forward" and transport.busy_s > 2.0 else None
+
+    transport.fault = queued
+    assert (await forward(swarm)).answered_TK.all()
+    assert ("peer_suspended", "masked") not in transport.happened()
     await swarm.close()
 
 

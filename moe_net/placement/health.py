@@ -5,6 +5,9 @@ it has cost a whole deadline), then *suspended*: no rows go there, and a probe i
 makes the peer usable again: no step ever waits to find out whether somebody is back. The first probe is due at once:
 who only lost a few calls is back after one round trip. Then the peer is *on probation*: usable, but suspended for
 longer each time, until it answers a call after as long as the next suspension would be.
+
+Nor may it be late again soon, however well it behaves in between: what its failures cost is a small share of the time
+that it is left alone, or watched, for it.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ class HealthConfig:
     backoff_factor: float = 2.0
     """Each further wait is longer by this, until the peer has stood its probation."""
     max_backoff_s: float = 30.0
-    """Longest suspension."""
+    """Longest of these waits."""
+    cost_factor: float = 5.0
+    """So many times as long as callers waited for a failing peer its probation lasts at least, and each suspension but
+    the first. Without that one who stalled for a deadline of 2 s, and answered for 1.1 s, took 64 % of a run's time."""
     at_once: frozenset[str] = frozenset({"late"})
     """Failures that suspend without a second one."""
     harmless: frozenset[str] = frozenset({"busy", "inputs_gone", "stale_step"})
@@ -34,6 +40,8 @@ class HealthConfig:
     def __post_init__(self) -> None:
         if self.failures_to_suspend < 1:
             raise ValueError("failures_to_suspend must be at least 1")
+        if self.cost_factor < 0:
+            raise ValueError("cost_factor must be at least 0")
         if not (0 < self.backoff_s <= self.max_backoff_s and self.backoff_factor >= 1):
             raise ValueError("needs 0 < backoff_s <= max_backoff_s and backoff_factor >= 1")
 
@@ -52,6 +60,8 @@ class CallFailed:
     peer_id: str
     failure: str = ""
     """A `CallFailure` value; see `HealthConfig`."""
+    waited_s: float = 0.0
+    """By its caller, for nothing; 0 when it may be the caller's own fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +94,8 @@ class PeerHealth:
 
     failures: int = 0
     """In a row."""
+    cost_s: float = 0.0
+    """What those made callers wait; of a suspended one, those that led to it."""
     suspensions: int = 0
     """Since it was last fine."""
     suspended: bool = False
@@ -112,39 +124,43 @@ def after_event(state: HealthState, event: HealthEvent, now_s: float, config: He
             # Calls that were on their way when the first of them failed fail too, and are no further evidence.
             if event.failure in config.harmless or (known is not None and known.suspended):
                 return state
-            return _with(state, event.peer_id, _failed(known or PeerHealth(), event.failure, now_s, config))
+            return _with(state, event.peer_id, _failed(known or PeerHealth(), event, now_s, config))
         case CallSucceeded():
             # An answer that was on its way when the peer was suspended is older than the reason for that.
             if known is None or known.suspended:
                 return state
             fine = known.suspensions == 0 or now_s >= known.fine_at_s
-            return _with(state, event.peer_id, None if fine else replace(known, failures=0))
+            return _with(state, event.peer_id, None if fine else replace(known, failures=0, cost_s=0.0))
         case ProbeSucceeded():
             if known is None or not known.suspended:
                 return state
-            served_s = backoff_s(known.suspensions, config)
-            return _with(state, event.peer_id, replace(known, failures=0, suspended=False, fine_at_s=now_s + served_s))
+            watched_s = max(backoff_s(known.suspensions, config), config.cost_factor * known.cost_s)
+            on_probation = replace(known, failures=0, cost_s=0.0, suspended=False, fine_at_s=now_s + watched_s)
+            return _with(state, event.peer_id, on_probation)
         case ProbeFailed():
             if known is None or not known.suspended:
                 return state
-            return _with(state, event.peer_id, _suspended(known, now_s, config, late=known.late))
+            # It costs nobody anything to wait for a probe.
+            return _with(state, event.peer_id, _suspended(known, now_s, config, late=known.late, least_s=0.0))
 
 
-def _failed(known: PeerHealth, failure: str, now_s: float, config: HealthConfig) -> PeerHealth:
-    known = replace(known, failures=known.failures + 1)
-    late = failure in config.at_once
+def _failed(known: PeerHealth, failed: CallFailed, now_s: float, config: HealthConfig) -> PeerHealth:
+    known = replace(known, failures=known.failures + 1, cost_s=known.cost_s + failed.waited_s)
+    late = failed.failure in config.at_once
     if late or known.failures >= config.failures_to_suspend:
-        return _suspended(known, now_s, config, late=late)
+        least_s = config.cost_factor * known.cost_s if known.suspensions else 0.0
+        return _suspended(known, now_s, config, late=late, least_s=least_s)
     return known
 
 
-def _suspended(known: PeerHealth, now_s: float, config: HealthConfig, *, late: bool) -> PeerHealth:
+def _suspended(known: PeerHealth, now_s: float, config: HealthConfig, *, late: bool, least_s: float) -> PeerHealth:
     return PeerHealth(
         failures=known.failures,
+        cost_s=known.cost_s,
         late=late,
         suspensions=known.suspensions + 1,
         suspended=True,
-        probe_due_s=now_s + backoff_s(known.suspensions, config),
+        probe_due_s=now_s + max(backoff_s(known.suspensions, config), least_s),
     )
 
 

@@ -16,6 +16,9 @@ from statistics import median
 from types import MappingProxyType
 from typing import TypeVar
 
+STRANGER_FACTOR = 2.0
+"""A peer that is hardly known yet is given so many times what the slowest of the others is."""
+
 NumberT = TypeVar("NumberT", int, float)
 
 
@@ -156,10 +159,18 @@ def _scale(track: Track, rows: int) -> float:
     return max(1.0, rows / track.typical_rows)
 
 
-def overdue_after_s(track: Track, rows: int, config: LatencyConfig) -> float | None:
-    """When a call is later than the peer's own tail says; None while too little is known of it."""
-    if len(track.samples) < config.min_samples:
-        return None
+def overdue_after_s(state: LatencyState, peer_id: str, kind: str, rows: int, config: LatencyConfig) -> float | None:
+    """When a call is later than the peer's own tail says. Of a peer that is hardly known yet, twice what the tail of
+    the slowest of the others says; None when nobody is known."""
+    track = state.track(peer_id, kind)
+    if len(track.samples) >= config.min_samples:
+        return _own_overdue_s(track, rows, config)
+    known = (t for (_, k), t in state.tracks.items() if k == kind and len(t.samples) >= config.min_samples)
+    slowest_s = max((_own_overdue_s(t, rows, config) for t in known), default=None)
+    return None if slowest_s is None else STRANGER_FACTOR * slowest_s
+
+
+def _own_overdue_s(track: Track, rows: int, config: LatencyConfig) -> float:
     return (track.median_s + config.overdue_spread * (track.tail_s - track.median_s)) * _scale(track, rows)
 
 
@@ -172,17 +183,19 @@ def late_after_s(
     Each call in a row that was given up doubles it, as TCP does (RFC 6298, 5.5): perhaps the peer is only slower now.
     """
     track = state.track(peer_id, kind)
-    known_s = _own_late_s(track, config)
+    known_s = _own_late_s(track, rows, config)
     if known_s is None:
-        others = [_own_late_s(t, config) for (_, k), t in state.tracks.items() if k == kind]
-        known_s = 2 * max((late_s for late_s in others if late_s is not None), default=cap_s)
-    backed_off_s = max(floor_s, known_s * _scale(track, rows)) * 2.0 ** min(track.unanswered, 16)
+        others = [_own_late_s(t, rows, config) for (_, k), t in state.tracks.items() if k == kind]
+        known_s = STRANGER_FACTOR * max((late_s for late_s in others if late_s is not None), default=cap_s)
+    backed_off_s = max(floor_s, known_s) * 2.0 ** min(track.unanswered, 16)
     return min(cap_s, backed_off_s)
 
 
-def _own_late_s(track: Track, config: LatencyConfig) -> float | None:
+def _own_late_s(track: Track, rows: int, config: LatencyConfig) -> float | None:
     answered = [s.total_s for s in track.samples if s.answered]
-    return config.late_factor * max(answered) if len(answered) >= config.min_samples else None
+    if len(answered) < config.min_samples:
+        return None
+    return config.late_factor * max(answered) * _scale(track, rows)
 
 
 def slowness(state: LatencyState, kind: str, config: LatencyConfig) -> dict[str, float]:

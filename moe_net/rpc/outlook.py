@@ -169,7 +169,7 @@ class Outlook:
         budget = self._budgets.get(kind)
         if budget is not None and not budget.allows:
             return None
-        return overdue_after_s(self._latency.track(peer_id, kind), rows, self._latency_config)
+        return overdue_after_s(self._latency, peer_id, kind, rows, self._latency_config)
 
     def take_hedge(self, kind: CallKind, calls: int) -> bool:
         """Whether so many extra calls may be sent now; they are counted if so."""
@@ -219,7 +219,11 @@ class Outlook:
             pause_s = error.queue_s or self.policy.retry_pause_s
             self._busy_until_s[peer.peer_id] = self.clock_s() + pause_s
         before = self.usable(peer.peer_id)
-        self.note(CallFailed(peer_id=peer.peer_id, failure=error.failure.value))
+        # When nobody else has answered meanwhile it may be our own connection that is to blame.
+        began_s = self.clock_s() - failed.waited_s
+        it_alone = any(s > began_s for p, s in self._answered_s.items() if p != peer.peer_id)
+        waited_s = failed.waited_s if it_alone else 0.0
+        self.note(CallFailed(peer_id=peer.peer_id, failure=error.failure.value, waited_s=waited_s))
         if before and not self.usable(peer.peer_id):
             detail = f"its {len(peer.experts)} experts are masked until it answers a probe"
             self.event(FaultEvent(what="peer_suspended", peer=peer.peer_id, action="masked", detail=detail))

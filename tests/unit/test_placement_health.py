@@ -123,6 +123,36 @@ def test_probation_ends_with_the_first_answer_after_as_long_as_the_next_suspensi
     assert not costs_a_deadline(state, "a")
 
 
+@pytest.mark.parametrize("behaves_s", [0.0, 0.4, 0.9, 2.0, 5.0, 9.0, 20.0])
+@pytest.mark.parametrize("grows", [1.0, 2.0])
+def test_who_stalls_and_behaves_in_turns_costs_a_small_share_of_the_time(behaves_s: float, grows: float) -> None:
+    config = HealthConfig()
+    state, now_s, lost_s, stalls, stalls_again_s = HealthState(), 0.0, 0.0, 0, 0.0
+    while now_s < 1000:
+        due_s = probe_due_s(state, "a")
+        if due_s is not None and now_s >= due_s:
+            state = after_event(state, ProbeSucceeded(peer_id="a"), now_s, config)
+        if usable(state, "a") and now_s >= stalls_again_s:
+            deadline_s = min(20.0, 2.0 * grows**stalls)
+            now_s, lost_s, stalls = now_s + deadline_s, lost_s + deadline_s, stalls + 1
+            stalled = CallFailed(peer_id="a", failure="late", waited_s=deadline_s)
+            state, stalls_again_s = after_event(state, stalled, now_s, config), now_s + behaves_s
+        elif usable(state, "a"):
+            state, stalls = after_event(state, CallSucceeded(peer_id="a"), now_s, config), 0
+        now_s += 0.1
+    assert lost_s < 0.2 * now_s
+
+
+def test_what_cost_its_callers_nothing_is_suspended_as_long_as_before() -> None:
+    state = HealthState()
+    for now_s in (0.0, 1.0):
+        for _ in range(CONFIG.failures_to_suspend):
+            state = after_event(state, BROKEN, now_s, CONFIG)
+        state = after_event(state, ProbeSucceeded(peer_id="a"), now_s, CONFIG)
+    assert after_event(state, CallSucceeded(peer_id="a"), 2.9, CONFIG).peers
+    assert not after_event(state, CallSucceeded(peer_id="a"), 3.0, CONFIG).peers
+
+
 def test_calls_that_fail_together_count_once() -> None:
     state = after_event(HealthState(), LATE, 5.0, CONFIG)
     for _ in range(10):

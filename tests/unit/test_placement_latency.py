@@ -37,7 +37,7 @@ def state_of(seconds: dict[str, list[float]], rows: int = 100) -> LatencyState:
 
 
 def overdue(state: LatencyState, peer_id: str = "a", rows: int = 100) -> float | None:
-    return overdue_after_s(state.track(peer_id, "forward"), rows, CONFIG)
+    return overdue_after_s(state, peer_id, "forward", rows, CONFIG)
 
 
 def late(state: LatencyState, peer_id: str = "a", rows: int = 100) -> float:
@@ -86,8 +86,12 @@ def test_a_deadline_follows_the_slowest_call_and_grows_with_the_rows() -> None:
 
 
 def test_a_stranger_is_given_twice_what_the_slowest_of_the_others_is() -> None:
+    """It was given the longest deadline of all before its first answer: as if it knew of calls of one row only."""
     state = state_of({"a": [0.1] * 10, "b": [0.3] * 10, "new": [0.1]})
-    assert late(state, "new") == pytest.approx(2 * CONFIG.late_factor * 0.3)
+    for stranger in ("new", "newer"):
+        assert late(state, stranger) == pytest.approx(2 * CONFIG.late_factor * 0.3)
+        assert late(state, stranger, rows=200) == pytest.approx(4 * CONFIG.late_factor * 0.3)
+        assert overdue(state, stranger) == pytest.approx(2 * 0.3)
 
 
 def test_each_call_given_up_in_a_row_doubles_the_deadline_and_an_answer_ends_that() -> None:

@@ -14,11 +14,12 @@ from swarms import make_trainer, small_run
 from moe_net.client import make_banks
 from moe_net.experts.host import ExpertHost
 from moe_net.model.remote_moe import SwarmLink
+from moe_net.placement.latency import LatencyConfig
 from moe_net.placement.view import View
-from moe_net.rpc.base import CallFailure
+from moe_net.rpc.base import CallError, CallFailure, Failed
 from moe_net.rpc.grpc_client import GrpcTransport
 from moe_net.rpc.local import LocalTransport
-from moe_net.rpc.outlook import Outlook
+from moe_net.rpc.outlook import CallKind, Outlook
 from moe_net.rpc.policy import CallPolicy
 from moe_net.rpc.portal import Portal
 from moe_net.rpc.swarm import ExpertSwarm, LayerResult
@@ -93,15 +94,36 @@ async def test_an_answer_in_which_no_expert_ran_is_held_against_its_peer() -> No
 
 
 async def test_a_peer_that_is_busy_with_every_commit_holds_up_one_step_for_a_moment() -> None:
-    swarm, transport, _, clock = swarm_of(replicas=2, min_timeout_s=2.0)
+    swarm, transport, _, clock = swarm_of(replicas=1, min_timeout_s=2.0)
     transport.busy_s = 1e4
-    await swarm.commit(0, 1)
-    transport.fault = lambda method, peer: CallFailure.BUSY if (method, peer) == ("commit", "p1") else None
+    for step in range(3):
+        await swarm.commit(step, 1)
+    transport.fault = lambda method, peer: CallFailure.BUSY if (method, peer) == ("commit", "p0") else None
     began_s = clock.now_s
-    await swarm.commit(1, 1)
+    await swarm.commit(3, 1)
     assert clock.now_s - began_s <= 2.0
-    assert "p1" not in swarm.view().peers, "it owes a commit, and is asked in the background"
+    assert "p0" not in swarm.view().peers, "it owes a commit, and is asked in the background"
     assert ("peer_suspended", "masked") in transport.happened()
+    await swarm.close()
+
+
+async def test_a_step_does_not_wait_for_a_stranger_who_stalls_while_others_have_its_experts() -> None:
+    peers = [PeerInfo(peer_id=f"p{i}", address="", experts=EXPERTS) for i in range(2)]
+    directory = [View(peers[:1])]
+    transport = Faulty({p.peer_id: ExpertHost(make_banks(RUN, EXPERTS)) for p in peers})
+    swarm = ExpertSwarm(
+        trainer="t", transport=transport, view=lambda: directory[0], latency=LatencyConfig(min_samples=2), spread=True
+    )
+    for step in range(3):
+        await backward(swarm, await forward(swarm, step))
+        await swarm.commit(step, 64)
+    directory[0] = View(peers)
+    transport.stalled = {(name, "p1"): asyncio.Event() for name in ("forward", "commit")}
+    async with asyncio.timeout(20):
+        assert (await forward(swarm, 3)).answered_TK.all()
+        await swarm.commit(3, 64)
+    assert "p1" in transport.asked("forward")
+    assert "p1" in transport.asked("commit")
     await swarm.close()
 
 
@@ -182,6 +204,26 @@ async def test_a_queue_that_is_longer_than_a_deadline_but_empties_is_waited_for(
     assert (await forward(swarm)).answered_TK.all()
     assert ("peer_suspended", "masked") not in transport.happened()
     await swarm.close()
+
+
+@pytest.mark.parametrize("others_answered", [True, False])
+def test_a_late_peer_is_watched_for_what_it_cost_unless_it_may_have_been_our_connection(others_answered: bool) -> None:
+    clock = Clock()
+    outlook = Outlook(policy=CallPolicy(), clock_s=clock)
+    peer = PeerInfo(peer_id="p0", address="", experts=EXPERTS)
+    late = Failed(error=CallError(CallFailure.LATE, "p0", "no answer"), waited_s=2.0)
+    for other, moment_s in {"p1": 0.1, "p2": 2.0}.items():
+        clock.now_s += moment_s
+        if others_answered or other == "p1":
+            outlook.answered(other, CallKind.FORWARD, 4, 0.05)
+    outlook.blame(peer, CallKind.FORWARD, 4, late)
+    outlook.back("p0", away_s=0.0)
+    clock.now_s += 6.0
+    outlook.answered("p0", CallKind.FORWARD, 4, 0.1)
+    outlook.blame(peer, CallKind.FORWARD, 4, late)
+    due_s = outlook.probe_due_s("p0")
+    assert due_s is not None
+    assert (due_s - clock.now_s >= 0.5) is others_answered, "it is fine after 0.5 s otherwise"
 
 
 def test_the_view_without_suspended_peers_is_made_once() -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import mean
@@ -55,6 +55,10 @@ MAX_WAITING_SHARES = 32
 FILES_FACTOR = 4
 """Times the experts of a share, that those of the files may be which are there at once. One that is sent to all is made
 once; replicas that host other experts each want another."""
+STRANGERS_FACTOR, PARTS_FACTOR = 4, 8
+"""Times the experts of a host, that the answers may have which are on their way to it at once: those of replicas that
+it does not know to answer, and all. Each is as large as its sender likes, up to what those experts have: 24 that sent
+junk took 24 times a host's gradients."""
 MAX_WAITING_COMMITS = 32
 """With the one that is made: half of the calls that a server takes at once, so that there is room for others."""
 
@@ -72,6 +76,12 @@ class _Partner:
     """In a row."""
     skip: int = 0
     """Steps to be made without it."""
+    asked: int = 0
+    """The number of the last question."""
+
+    @property
+    def trusted(self) -> bool:
+        return bool(self.waits_s) and not self.failures
 
     def answered(self, waited_s: float) -> None:
         self.waits_s.append(waited_s)
@@ -80,6 +90,21 @@ class _Partner:
     def failed(self) -> None:
         self.failures += 1
         self.skip = min(MAX_SKIPPED, 2 ** min(self.failures, 16) - 1)
+
+
+def choose(partners: Mapping[str, _Partner], n_shared: Mapping[str, int], n_mine: int) -> set[str]:
+    """Whom to ask for their part of a step, of those that share `n_shared` experts with a host of `n_mine`: as many as
+    there is room for. Those that answer come first, the longest known at their head; of the others those that were
+    asked longest ago, so that newcomers without end keep nobody out for long."""
+    room, strangers_room = PARTS_FACTOR * n_mine, STRANGERS_FACTOR * n_mine
+    chosen: set[str] = set()
+    for peer_id, partner in sorted(partners.items(), key=lambda item: (not item[1].trusted, item[1].asked)):
+        if partner.skip or n_shared[peer_id] > (room if partner.trusted else min(room, strangers_room)):
+            continue
+        chosen.add(peer_id)
+        room -= n_shared[peer_id]
+        strangers_room -= n_shared[peer_id] * (not partner.trusted)
+    return chosen
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +127,8 @@ class Sharing:
         self._ask: Ask | None = None
         self._view: Callable[[], View] = lambda: View(())
         self._partners: dict[str, _Partner] = {}
+        """In the order in which we heard of them."""
+        self._questions = 0
         self._turn = asyncio.Lock()
         self._places = Places("Commit", MAX_WAITING_COMMITS)
         self._making: asyncio.Task[CommitAnswer] | None = None
@@ -152,10 +179,11 @@ class Sharing:
         now_s = asyncio.get_running_loop().time
         if self._ended_s is not None:
             self._between_s.append(now_s() - self._ended_s)
-        asked = [self._part_of(peer, closed, tuple(self._ended[-1])) for peer in partners]
+        asked = self._to_ask(partners)
+        asking = [self._part_of(peer, closed, tuple(self._ended[-1])) for peer in asked]
         # Whatever a partner's answer led to: our own sums are set apart, and must be stepped on.
-        parts = await asyncio.gather(*asked, return_exceptions=True)
-        shares = {peer.peer_id: part for peer, part in zip(partners, parts, strict=True) if isinstance(part, Share)}
+        parts = await asyncio.gather(*asking, return_exceptions=True)
+        shares = {peer.peer_id: part for peer, part in zip(asked, parts, strict=True) if isinstance(part, Share)}
         if partners:
             await self._run(self._host.finish_commit, closed, list(shares.values()))
         first = min(shares, default=self._peer_id)
@@ -186,8 +214,22 @@ class Sharing:
         if self._ask is None:
             return ()
         peers = self._view().peers
-        self._partners = {peer_id: partner for peer_id, partner in self._partners.items() if peer_id in peers}
-        return [p for i, p in peers.items() if i != self._peer_id and not self._mine.isdisjoint(p.experts)]
+        replicas = [p for i, p in peers.items() if i != self._peer_id and not self._mine.isdisjoint(p.experts)]
+        known = {peer.peer_id for peer in replicas}
+        self._partners = {peer_id: partner for peer_id, partner in self._partners.items() if peer_id in known}
+        return replicas
+
+    def _to_ask(self, replicas: Sequence[PeerInfo]) -> list[PeerInfo]:
+        for peer in replicas:
+            self._partners.setdefault(peer.peer_id, _Partner())
+        n_shared = {peer.peer_id: len(self._mine.intersection(peer.experts)) for peer in replicas}
+        chosen = choose(self._partners, n_shared, len(self._mine))
+        self._questions += 1
+        for peer_id, partner in self._partners.items():
+            partner.skip = max(0, partner.skip - 1)
+            if peer_id in chosen and not partner.trusted:
+                partner.asked = self._questions
+        return [peer for peer in replicas if peer.peer_id in chosen]
 
     def limit_s(self, peer_id: str) -> float:
         """How long to wait for that replica now."""
@@ -202,10 +244,7 @@ class Sharing:
     async def _part_of(self, peer: PeerInfo, closed: Closed, commits: tuple[int, ...]) -> Share | None:
         """None when it has none, or does not say in time."""
         assert self._ask is not None, "there are no replicas before `begin`"
-        partner = self._partners.setdefault(peer.peer_id, _Partner())
-        if partner.skip > 0:
-            partner.skip -= 1
-            return None
+        partner = self._partners[peer.peer_id]
         now_s, limit_s = asyncio.get_running_loop().time, self.limit_s(peer.peer_id)
         began_s = now_s()
         shared = tuple(sorted(self._mine.intersection(peer.experts)))
@@ -217,8 +256,9 @@ class Sharing:
             self._without(peer, partner, f"no answer in {limit_s:.2f} s")
             return None
         except CallError as error:
-            # One that is past this step, or busy, said so at once.
-            if error.failure in (CallFailure.INPUTS_GONE, CallFailure.BUSY):
+            # One that is past this step, or busy, says so at once.
+            at_once = now_s() - began_s < MIN_WAIT_S
+            if at_once and error.failure in (CallFailure.INPUTS_GONE, CallFailure.BUSY):
                 log.debug("a step without %s: %s", peer.peer_id, error)
             else:
                 self._without(peer, partner, str(error))

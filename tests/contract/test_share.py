@@ -30,6 +30,7 @@ from moe_net.wire.share import MAX_COMMITS, MAX_SHARED_EXPERTS, ShareCall, commi
 from moe_net.wire.snapshot import pack
 from moe_peer import server as server_module
 from moe_peer.server import MAX_SHARES, ExpertServer
+from moe_peer.sharing import STRANGERS_FACTOR
 
 RUN = small_run()
 D, SHAPE = RUN.model.d_model, RUN.model.expert_shape
@@ -247,4 +248,28 @@ async def test_a_replica_that_answers_badly_is_left_out(lie: str) -> None:
         await p.step(0, 1)
         assert all(set(lineage.seen) <= {1} for lineage in p.hosts[0]._banks[1].lineages.values())
         assert p.hosts[0].versions[1][0] == 1
+    await server.stop(0)
+
+
+async def test_many_who_send_junk_are_not_asked_all_at_once() -> None:
+    asked, left = 0, asyncio.Event()
+
+    async def stream(raw: bytes, context: Any) -> AsyncIterator[bytes]:
+        nonlocal asked
+        asked += 1
+        await left.wait()
+        yield b"junk"
+
+    server = grpc.aio.server()
+    handlers = {"Share": grpc.unary_stream_rpc_method_handler(stream)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.strip("/"), handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    sybils = [PeerInfo(peer_id=f"s{i}", address=f"127.0.0.1:{port}", experts=RUN.model.expert_ids) for i in range(24)]
+    async with pair() as p:
+        p.servers[0].sharing.begin(p.transport.share, lambda: View([*sybils, p.peers[1]]))
+        p.servers[1].sharing.begin(p.transport.share, lambda: View([p.peers[0]]))
+        await p.step(0, 1)
+        assert 0 < asked <= STRANGERS_FACTOR
+    left.set()
     await server.stop(0)

@@ -88,7 +88,7 @@ class ExpertHost:
         self._pairs_bytes = pairs_bytes
         self._clock = clock
         self._journal: Journal[RoutedRows, Tensor] = Journal(limit_bytes=journal_bytes)
-        self._voiding = Voiding(self._banks, self._journal, self._part)
+        self._voiding = Voiding(self._banks, self._journal, self._part, clock)
         self._dispatches = 0
         self._open: set[int] = set()
         """Layers whose step is closed but not made."""
@@ -380,7 +380,7 @@ class ExpertHost:
         UnknownExpertError."""
         self.check_hosted(layer, indices)
         if with_sums and self.committed_tokens > 0:
-            self._voiding.renew((layer,))
+            self._voiding.renew_to_read(layer)
         return self._banks[layer].state(sorted(set(indices)) or None, with_sums=with_sums)
 
     def load_state(self, state: Mapping[str, Tensor]) -> int:

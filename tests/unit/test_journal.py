@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from moe_net.experts.bank import ExpertBank
 from moe_net.experts.callbook import ENTRY_OVERHEAD_BYTES, CallFacts
 from moe_net.experts.host import ExpertHost
 from moe_net.experts.journal import Journal, Undo
+from moe_net.experts.voiding import READING_S, READING_SHARE
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertShape
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitAnswer, CommitCall, RoutedRows
@@ -119,13 +122,15 @@ def test_a_flood_takes_no_more_than_the_limit() -> None:
     assert len(journal) == 5, "what does not fit alone evicts nobody"
 
 
-def new_host(*, journal_bytes: int = 1 << 24, batch_tokens: int = 1000) -> ExpertHost:
+def new_host(
+    *, journal_bytes: int = 1 << 24, batch_tokens: int = 1000, clock: Callable[[], float] = time.monotonic
+) -> ExpertHost:
     bank = ExpertBank(
         layer=0, indices=(0, 1, 3), shape=ExpertShape(d_model=D, d_ff=5),
         optimizer=OptimizerConfig(warmup_steps=0, learning_rate=1e-3), global_batch_tokens=batch_tokens,
         run="test", seed=1, init_std=0.5,
     )  # fmt: skip
-    return ExpertHost({0: bank}, journal_bytes=journal_bytes)
+    return ExpertHost({0: bank}, journal_bytes=journal_bytes, clock=clock)
 
 
 def call(seed: int, *, trainer: str = "t", step: int = 0) -> BackwardCall:
@@ -195,6 +200,42 @@ def test_voids_are_made_up_for_once_however_many_there_were(monkeypatch: pytest.
     commit(without, tokens=5)
     for name, value in without.fetch(0, ()).items():
         assert torch.equal(host.fetch(0, ())[name], value)
+
+
+def test_who_voids_and_fetches_again_and_again_has_few_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, took_s, backward = 1000.0, 0.0, ExpertBank.backward
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        nonlocal now_s, took_s
+        now_s, took_s = now_s + 0.1, took_s + 0.1
+        return backward(*arguments, **options)
+
+    host, without = new_host(batch_tokens=5, clock=lambda: now_s), new_host(batch_tokens=5)
+    for host_of in (host, without):
+        for seed in range(10):
+            add(host_of, call(seed))
+        commit(host_of)
+    monkeypatch.setattr(ExpertBank, "backward", slow)
+    began_s = now_s
+    for step in range(200):
+        void = call(100 + step, trainer="evil", step=step)
+        add(host, void)
+        assert commit(host, void, trainer="evil", step=step, tokens=0).voided == 1
+        host.fetch(0, ())
+        now_s += 0.1
+    calls_s = 200 * 0.1
+    assert took_s - calls_s <= READING_S + 1.1 + READING_SHARE * (now_s - began_s)
+    now_s += 100
+    host.fetch(0, ())
+    assert not host._voiding.stale, "after a while there is time for another"
+    void = call(500, trainer="evil", step=200)
+    add(host, void)
+    commit(host, void, trainer="evil", step=200, tokens=0)
+    for one in (host, without):
+        assert commit(one, step=1, tokens=5).stepped
+        assert not one._voiding.stale
+    for name, value in without.fetch(0, ()).items():
+        assert torch.equal(host.fetch(0, ())[name], value), "a step is made without what was voided, always"
 
 
 @pytest.mark.parametrize("look", ["eviction", "other weights", "snapshot", "load"])

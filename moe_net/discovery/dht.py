@@ -32,6 +32,7 @@ from moe_net.discovery.layout import (
     shard_key,
     shard_of,
 )
+from moe_net.discovery.listen import check_free
 from moe_net.discovery.record import MAX_LIFETIME_S, Record, check, open_record, run_fault
 from moe_net.errors import DiscoveryError, JoinError, RecordError
 from moe_net.types import PeerInfo
@@ -122,7 +123,7 @@ class DhtDiscovery:
         `listen` is the multiaddr to listen on; a member in `client_mode` does not listen and keeps nothing for
         others. `run` None: `get_manifest` finds out, when the DHT carries one run only. `timeout_s` bounds every
         later operation. JoinError when no address answers within about `join_timeout_s`; ValueError for an address
-        that cannot be one.
+        that cannot be one; OSError when it cannot listen.
         """
         fault = None if run is None else run_fault(run)
         if fault:
@@ -130,6 +131,8 @@ class DhtDiscovery:
         if client_mode and not join:
             raise ValueError("a client keeps nothing and needs a member to join: give the address of one")
         members = [_peer_in(address) for address in join]
+        if not client_mode:
+            check_free(listen)
         directory = socket_directory()
         validator = Validator(shards)
         if run is not None:
@@ -161,7 +164,7 @@ class DhtDiscovery:
                 raise DiscoveryError(f"the libp2p daemon could not listen on {listen}: {reason}") from error
             raise JoinError(
                 f"could not join by any of {len(join)} addresses ({', '.join(join)}): {reason}. "
-                "Is a member running there? Behind a firewall, join in client mode"
+                "Is a member running there, and does no firewall keep it from us?"
             ) from error
         except BaseException:
             await dismantle(daemon, directory)

@@ -291,10 +291,14 @@ async def test_a_wrong_address_is_the_users_mistake(sockets: Path) -> None:
         await DhtDiscovery.create(run=RUN, client_mode=True)
 
 
-async def test_a_port_that_is_taken_is_a_discovery_error(sockets: Path) -> None:
+async def test_an_address_that_it_cannot_listen_on_is_named_and_not_taken_for_a_failed_join(dht: DhtSwarm) -> None:
+    join = (await dht.join()).addresses
     # Two daemons may share a port (SO_REUSEPORT), but not with us.
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(DiscoveryError, match="could not listen"):
-        await DhtDiscovery.create(run=RUN, listen=f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}")
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match=r"cannot listen on .*in use"):
+        await DhtDiscovery.create(run=RUN, join=join, listen=f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}")
+    # TEST-NET-3 (RFC 5737): no machine has it.
+    with pytest.raises(OSError, match=r"cannot listen on /ip4/203\.0\.113\.7/tcp/0"):
+        await DhtDiscovery.create(run=RUN, join=join, listen="/ip4/203.0.113.7/tcp/0")
 
 
 async def test_a_client_announces_and_reads_but_keeps_nothing(dht: DhtSwarm) -> None:

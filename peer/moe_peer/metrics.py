@@ -227,8 +227,11 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
-        """`resume_step` 0 begins a new file. ValueError when the old one is damaged."""
+        """`resume_step` 0 begins a new file, and renames what is there to `replaced-` and its name, as is done with
+        checkpoints. ValueError when the old one is damaged."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step == 0 and path.exists() and path.stat().st_size > 0:
+            os.replace(path, path.with_name(f"replaced-{path.name}"))
         kept = before(read_metrics(path), resume_step) if resume_step > 0 and path.exists() else []
         # Beside it and renamed: a crash here leaves the old file or the new one, never half of one.
         partial = path.with_name(f".{path.name}.partial")

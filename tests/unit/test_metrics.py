@@ -90,12 +90,15 @@ def test_an_evaluation_repeated_at_the_resumed_step_stands_once(tmp_path: Path) 
     assert evals[2].val_nats_per_byte == pytest.approx(2.5)
 
 
-def test_a_new_run_begins_a_new_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_new_run_begins_a_new_file_and_keeps_what_an_earlier_one_measured(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "metrics.jsonl"
     _write(path, _run(range(5)))
+    measured = path.read_bytes()
+    _write(path, [])
     _write(path, [_step(0)])
     assert read_metrics(path) == [_step(0)]
-    assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
+    assert path.with_name("replaced-metrics.jsonl").read_bytes() == measured
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["metrics.jsonl", "replaced-metrics.jsonl"]
 
 
 def test_every_record_is_readable_at_once(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import tyro
 from moe_coordinator.faults import Fault, FaultPlan
 from moe_net.checkpoint_folder import ANY_STATE, checkpoints_of, newest_in, trainer_folder
 from moe_net.config import RunConfig, load_toml, to_json
-from moe_net.discovery.listen import check_listen, dht_multiaddr
+from moe_net.discovery.listen import MAX_PORT, check_listen, dht_multiaddr
 from moe_net.discovery.manifest import MANIFEST_TTL_S
 from moe_net.discovery.record import MAX_LIFETIME_S
 from moe_net.model.config import PRESETS, ModelConfig
@@ -101,6 +101,10 @@ class LocalOptions:
             raise ValueError("peers and trainers must be at least 1")
         if not 1 <= self.replicas <= self.peers:
             raise ValueError(f"replicas={self.replicas} is not in 1..peers={self.peers}")
+        if self.base_port and not 1 <= self.base_port <= MAX_PORT - self.peers:
+            raise ValueError(f"base_port={self.base_port}: the coordinator and {self.peers} peers need ports after it")
+        if not all(0 < wait_s < math.inf for wait_s in (self.ready_timeout_s, self.grace_s)):
+            raise ValueError("ready_timeout_s and grace_s must be positive numbers of seconds")
         if self.sequences < 1 or (self.steps is not None and self.steps < 1):
             raise ValueError("sequences and steps must be at least 1")
         if self.preset is not None and self.preset not in PRESETS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,8 @@ from moe_net.discovery.listen import advertised_address, check_listen, dht_multi
 from moe_net.model.config import ModelConfig
 from moe_net.types import ExpertId
 from moe_peer.cut import Cut, open_cuts
+
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +82,6 @@ class ServeConfig:
             raise ValueError("experts and max_experts exclude each other")
         positive = {
             "max_experts": self.max_experts,
-            "threads": self.threads,
             "max_batch_rows": self.max_batch_rows,
             "max_queue_rows": self.max_queue_rows,
             "max_queue_mib": self.max_queue_mib,
@@ -87,8 +89,11 @@ class ServeConfig:
             "catch_up_timeout_s": self.catch_up_timeout_s,
         }
         for name, value in positive.items():
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, not {value}")
+        _check_threads(self.threads)
+        if not all(map(math.isfinite, (self.exchange_every_s, self.grace_s))):
+            raise ValueError("exchange_every_s and grace_s must be numbers of seconds")
         if min(self.cache_mib, self.reply_mib, self.journal_mib, self.exchange_every_s, self.grace_s) < 0:
             raise ValueError("cache_mib, reply_mib, journal_mib, exchange_every_s and grace_s must not be negative")
 
@@ -109,7 +114,8 @@ class TrainConfig:
     run: str | None = None
     """The run's name; needed only where several runs share a DHT."""
     out: Path = Path("runs/train")
-    """Folder for metrics.jsonl, loss.png and checkpoints."""
+    """Folder for metrics.jsonl, loss.png and checkpoints. A new training in a used one renames what the earlier one
+    measured and saved there to replaced-*."""
     data: Path | None = None
     """File or folder of text; without it, the source of Python's standard library."""
     max_data_mib: int = 256
@@ -181,15 +187,23 @@ class TrainConfig:
             raise ValueError("max_dropped_fraction must be in 0..1")
         if min(self.checkpoint_every, self.max_staleness, self.sample_tokens) < 0:
             raise ValueError("checkpoint_every, max_staleness and sample_tokens must not be negative")
-        if min(self.wait_s, self.call_timeout_s, self.fetch_timeout_s) <= 0:
-            raise ValueError("wait_s, call_timeout_s and fetch_timeout_s must be positive")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError("threads must be at least 1")
+        for name in ("wait_s", "call_timeout_s", "fetch_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.hedge_fraction <= 1:
+            raise ValueError(f"hedge_fraction={self.hedge_fraction} is not in 0..1")
+        _check_threads(self.threads)
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
         """What `micro_batches` and `in_flight` leave open."""
         return open_cuts(sequences=self.sequences, micro_batches=self.micro_batches, in_flight=self.in_flight)
+
+
+def _check_threads(threads: int | None) -> None:
+    # Beyond this torch ends the process, without a word that names the option.
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads={threads} is not in 1..{MAX_THREADS}")
 
 
 def parse_experts(spec: str, model: ModelConfig) -> tuple[ExpertId, ...]:

@@ -149,6 +149,11 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         LocalOptions(config=Path("run.toml"), seed=1)
     with pytest.raises(ValueError, match=r"replicas=4 is not in 1\.\.peers=3"):
         LocalOptions(peers=3, replicas=4)
+    for base_port in (-5, 70_000, 65_533):
+        with pytest.raises(ValueError, match=f"base_port={base_port}: the coordinator and 3 peers need ports after it"):
+            LocalOptions(peers=3, base_port=base_port)
+    with pytest.raises(ValueError, match="ready_timeout_s and grace_s must be positive"):
+        LocalOptions(grace_s=float("nan"))
     with pytest.raises(ValueError, match="is not host:port"):
         ServeOptions(config=Path("run.toml"), listen="localhost")
     with pytest.raises(ValueError, match="--dht-listen"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,11 @@ def test_a_wrong_specification_is_named_with_what_there_is(spec: str, complaint:
         ({"listen": "127.0.0.1:99999"}, "a port is 65535 at most"),
         ({"listen": "home.example:1"}, "names no IP address: say --dht-listen as well"),
         ({"experts": "0.1", "max_experts": 2}, "exclude each other"),
-        ({"threads": 0}, "threads must be positive"),
+        ({"threads": 0}, r"threads=0 is not in 1\.\.1024"),
+        ({"threads": 1_000_000}, r"threads=1000000 is not in 1\.\.1024"),
+        ({"join_timeout_s": float("nan")}, "join_timeout_s must be positive, not nan"),
+        ({"catch_up_timeout_s": float("inf")}, "catch_up_timeout_s must be positive, not inf"),
+        ({"grace_s": float("nan")}, "must be numbers of seconds"),
         ({"cache_mib": -1}, "must not be negative"),
     ],
 )
@@ -95,9 +100,21 @@ def test_others_are_told_the_host_that_is_advertised_and_the_port_too(advertise:
     assert advertised_address(advertise, "0.0.0.0:50") == address
 
 
-def test_a_training_does_not_find_out_at_its_end_that_it_cannot_write_a_sample() -> None:
-    with pytest.raises(ValueError, match="sample_tokens must not be negative"):
-        TrainConfig(sample_tokens=-1)
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"sample_tokens": -1}, "sample_tokens must not be negative"),  # not found out at the end of a training
+        ({"wait_s": float("nan")}, "wait_s must be positive, not nan"),
+        ({"call_timeout_s": 0.0}, "call_timeout_s must be positive, not 0"),
+        ({"fetch_timeout_s": float("inf")}, "fetch_timeout_s must be positive, not inf"),
+        ({"hedge_fraction": 1.5}, r"hedge_fraction=1\.5 is not in 0\.\.1"),
+        ({"max_dropped_fraction": float("nan")}, r"max_dropped_fraction must be in 0\.\.1"),
+        ({"threads": -1}, r"threads=-1 is not in 1\.\.1024"),
+    ],
+)
+def test_a_training_that_cannot_work_is_refused_before_anything_starts(wrong: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        TrainConfig(**wrong)
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:

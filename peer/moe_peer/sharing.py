@@ -55,10 +55,10 @@ MAX_WAITING_SHARES = 32
 FILES_FACTOR = 4
 """Times the experts of a share, that those of the files may be which are there at once. One that is sent to all is made
 once; replicas that host other experts each want another."""
-STRANGERS_FACTOR, PARTS_FACTOR = 4, 8
+STRANGERS_FACTOR, PARTS_FACTOR = 8, 16
 """Times the experts of a host, that the answers may have which are on their way to it at once: those of replicas that
 it does not know to answer, and all. Each is as large as its sender likes, up to what those experts have: 24 that sent
-junk took 24 times a host's gradients."""
+junk took 24 times a host's gradients. Eight others that have all of its experts are in its step from the first on."""
 MAX_WAITING_COMMITS = 32
 """With the one that is made: half of the calls that a server takes at once, so that there is room for others."""
 

@@ -14,6 +14,8 @@ def check_listen(listen: str) -> None:
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f"listen={listen!r} is not host:port")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"listen={listen!r}: an IPv6 address stands in brackets, as in [::1]:0")
     # gRPC would take the number modulo 65536, and listen somewhere else.
     if int(port) > MAX_PORT:
         raise ValueError(f"listen={listen!r}: a port is {MAX_PORT} at most")

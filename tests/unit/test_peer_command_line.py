@@ -66,6 +66,7 @@ def test_a_wrong_specification_is_named_with_what_there_is(spec: str, complaint:
     ("wrong", "complaint"),
     [
         ({"listen": "8000"}, "not host:port"),
+        ({"listen": "::1:0"}, r"an IPv6 address stands in brackets, as in \[::1\]:0"),
         ({"listen": "0.0.0.0:1"}, "--advertise"),
         ({"advertise": "home.example:"}, "neither a host nor host:port"),
         ({"advertise": "home.example:70000"}, "neither a host nor host:port"),

@@ -110,3 +110,15 @@ def assert_close(a: ExpertHost, one: ExpertHost) -> None:
     for name, value in other.items():
         if not name.endswith("lineage"):
             torch.testing.assert_close(mine[name], value, rtol=2e-5, atol=1e-6, msg=name)
+
+
+async def times_asked(n_steps: int, failing: Callable[[], Any]) -> int:
+    """How often a partner that meets each question with `failing` is asked in so many steps, all of which are made."""
+    swarm = Swarm()
+    living = swarm.add("a")
+    swarm.add("failing")
+    swarm.broken["failing"] = failing
+    for step in range(n_steps):
+        backward(living, step, step)
+        assert (await swarm.commit("a"))[0].stepped
+    return swarm.peers["failing"].asked

@@ -11,7 +11,6 @@ import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-import torch
 import uvloop
 
 from moe_net.client import make_banks
@@ -40,6 +39,7 @@ from moe_peer.config import ServeConfig, parse_experts
 from moe_peer.gossip import Gossip, Meeting
 from moe_peer.memory import find_device, room_for_experts
 from moe_peer.server import ExpertServer
+from moe_peer.threads import use_threads
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ def run_serve(config: ServeConfig) -> int:
     """Serve until SIGINT or SIGTERM; exit code. JoinError, CheckpointError, ValueError: why it could not begin."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     tune_allocator()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     uvloop.run(until_signalled(_serve(config)))
     return 0
 

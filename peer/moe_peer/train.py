@@ -9,8 +9,6 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-
 from moe_net.checkpoint_folder import checkpoints_of
 from moe_net.client import Membership, join_run
 from moe_net.data.batches import Batches
@@ -26,6 +24,7 @@ from moe_peer.metrics import MetricsLog
 from moe_peer.resume import compare_experts, live_versions, resume_trunk
 from moe_peer.session import Session, checkpoint_meta, say
 from moe_peer.text import Text, load_text
+from moe_peer.threads import use_threads
 from moe_peer.trainer import Trainer, build_model
 
 
@@ -55,8 +54,7 @@ class _Stop:
 def run_train(config: TrainConfig) -> int:
     """Train until `config.steps` steps are made, or until asked to stop; exit code."""
     tune_allocator()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     faults: list[FaultEvent] = []
     with _Stop().installed() as stop, ExitStack() as stack:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from moe_net.checkpoint_folder import trainer_folder
 from moe_net.config import RunConfig
 from moe_net.folder import alone_in
 from moe_net.machine import processors
-from moe_net.signals import STOP, on_signals
+from moe_net.signals import on_signals, stop_signals
 
 COORDINATOR = (sys.executable, "-m", "moe_coordinator.cli", "serve")
 PEER = (sys.executable, "-m", "moe_peer.cli", "serve")
@@ -133,7 +132,7 @@ class LocalSwarm:
                 supervisor.hurry()
 
         try:
-            with on_signals(ask, (*STOP, signal.SIGHUP)):
+            with on_signals(ask, stop_signals()):
                 await work
         except ChildError as error:
             self._say(str(error))

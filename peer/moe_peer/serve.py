@@ -140,6 +140,7 @@ async def _serve(config: ServeConfig) -> None:
             await keep_manifest(discovery, to_json(run))
         finally:
             log.info("leaving: withdraw, finish what runs (%.0f s at most), stop", config.grace_s)
+            await asyncio.gather(announcer.close(), server.leave(grace_s=config.grace_s))
 
 
 async def _catch_up(

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from moe_net.machine import processors
+
 with warnings.catch_warnings():
     # hivemind compiles two functions with torch.jit.script, which torch has deprecated.
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -47,11 +49,14 @@ class Daemon(P2P):
     @staticmethod
     def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
         # A session of its own: the terminal's Ctrl-C must not end the daemon before our withdrawal is out. And it ends
-        # with us: one that outlives its process by half a minute would keep the port from the next.
+        # with us: one that outlives its process by half a minute would keep the port from the next. Go counts the cores
+        # of the machine, not those of a container.
         setsid, setpriv = shutil.which("setsid"), shutil.which("setpriv")
         return [
             *([setsid] if setsid else []),
             *([setpriv, "--pdeathsig", "KILL"] if setpriv else []),
+            "env",
+            f"GOMAXPROCS={processors()}",
             *P2P._make_process_args(*args, **kwargs),
         ]
 

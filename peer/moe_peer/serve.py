@@ -64,12 +64,12 @@ async def _serve(config: ServeConfig) -> None:
         known = None if joined.manifest_json is None else _read_manifest(joined.manifest_json, config)
         run_at = await addresses_of((*config.join, *joined.dht_addresses))
         listen = config.listen or default_listen(run_at)
-        host = config.advertise or announced_host(listen, run_at)
+        reached_at = config.advertise or announced_host(listen, run_at)
         discovery = await DhtDiscovery.create(
             run=config.run if known is None else known.name,
             join=joined.dht_addresses,
             listen=config.dht_multiaddr(listen),
-            advertise=host,
+            advertise=reached_at,
             announce=config.dht_advertise,
             join_timeout_s=config.join_timeout_s,
         )

@@ -86,11 +86,15 @@ class ComposedSwarm:
         return [record for record in self.records() if isinstance(record, StepMetrics)]
 
     def wait_for_step(self, step: int, *, timeout_s: float) -> Sequence[StepMetrics]:
-        return wait_for(
-            f"step {step} of the trainer",
-            lambda: steps if (steps := self.steps()) and steps[-1].step >= step else None,
-            timeout_s=timeout_s,
-        )
+        """The steps up to this one and later. AssertionError as soon as a member had to be started again."""
+
+        def look() -> Sequence[StepMetrics] | None:
+            restarted = [container["Name"] for container in self.containers() if container["RestartCount"]]
+            assert not restarted, f"{restarted} ended without being told to"
+            steps = self.steps()
+            return steps if steps and steps[-1].step >= step else None
+
+        return wait_for(f"step {step} of the trainer", look, timeout_s=timeout_s)
 
     def left(self) -> list[str]:
         """What the engine still has of this project."""

@@ -75,7 +75,7 @@ class ServeConfig:
     catch_up_timeout_s: float = 120.0
     """How long fetching what other replicas have learned may take; experts not here by then start without it."""
     grace_s: float = 5.0
-    """How long running calls may take to finish at a stop."""
+    """How long running calls may take to finish at a stop, and a trainer that saves what was learned here to do so."""
 
     def __post_init__(self) -> None:
         if self.listen is not None:

@@ -160,7 +160,8 @@ def _train(session: Session) -> None:
     }
     say(json.dumps({key: value for key, value in done.items() if value is not None}))
     if stop.asked:
-        print(f"stopping: step {trainer.step} is in {session.last_checkpoint}; leaving the run", file=sys.stderr)
+        where = f"step {trainer.step} is in {session.last_checkpoint}" if trainer.step else "nothing was learned yet"
+        print(f"stopping: {where}; leaving the run", file=sys.stderr)
 
 
 def _make_steps(session: Session) -> EvalMetrics | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from moe_coordinator.faults import Action, Fault, FaultPlan, advance, timetable
+from moe_coordinator.faults import Action, FaultPlan, advance, describe, is_cut, timetable
 from moe_coordinator.proxy import Proxy
 from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Supervisor
 
@@ -151,8 +151,7 @@ class Laboratory:
             case "cut" if began:
                 self.proxies[fault.target].cut(math.inf)
             case "cut":
-                # Another cut of the same peer may last longer.
-                if not any(other.what == "cut" and other.target == fault.target for other in self._state.active):
+                if not is_cut(fault.target, self._state.active):
                     self.proxies[fault.target].end_cut()
             case _:
                 proxy = self.proxies[fault.target]
@@ -185,47 +184,3 @@ class Laboratory:
         except ChildError as error:
             if not child.stopping:  # else it was killed meanwhile
                 self._say(str(error))
-
-
-def describe(action: Action, *, hosts: str) -> str:
-    """What happens, for people: `killed peer-2 (SIGKILL), which hosts *.2`."""
-    fault, began = action.fault, action.phase == "began"
-    lost = f", which hosts {hosts}" if hosts else ""
-    match fault.what:
-        case "kill":
-            return f"killed {fault.target} (SIGKILL){lost}"
-        case "term":
-            return f"asked {fault.target} to leave (SIGTERM){lost}"
-        case "stop":
-            return f"suspended {fault.target} (SIGSTOP){_for(fault)}" if began else f"woke {fault.target} (SIGCONT)"
-        case "restart":
-            return f"killed {fault.target} (SIGKILL){lost}" if began else f"starting {fault.target} anew"
-        case _:
-            return f"{_network(fault)}{_for(fault)}" if began else f"{fault.what} of {fault.target} is over"
-
-
-def _network(fault: Fault) -> str:
-    match fault.what:
-        case "delay":
-            parts = {
-                "round_trip_s": fault.round_trip_s,
-                "jitter_s": fault.jitter_s,
-                "tail_probability": fault.tail_probability,
-                "tail_s": fault.tail_s,
-            }
-            text = ", ".join(f"{name} {value:g}" for name, value in parts.items() if value is not None)
-            return f"delayed {fault.target} ({text})"
-        case "bandwidth":
-            return f"limited {fault.target} to {fault.mib_s:g} MiB/s"
-        case "cut":
-            return f"cut {fault.target} off"
-        case "half_open":
-            return f"silenced the way {'to' if fault.direction == 'up' else 'from'} {fault.target}"
-        case "corrupt":
-            return f"damaging {fault.per_mib:g} bytes per MiB of {fault.target}"
-        case _:
-            return f"blackhole in front of {fault.target}"
-
-
-def _for(fault: Fault) -> str:
-    return "" if fault.duration_s is None else f" for {fault.duration_s:g} s"

@@ -14,7 +14,7 @@ import tyro
 from moe_coordinator.faults import Fault, FaultPlan
 from moe_net.checkpoint_folder import ANY_STATE, checkpoints_of, newest_in, trainer_folder
 from moe_net.config import RunConfig, load_toml, to_json
-from moe_net.discovery.listen import MAX_PORT, check_listen, dht_multiaddr
+from moe_net.discovery.listen import MAX_PORT, advertised_address, check_listen, check_multiaddr, dht_multiaddr
 from moe_net.discovery.manifest import MANIFEST_TTL_S
 from moe_net.discovery.record import MAX_LIFETIME_S
 from moe_net.model.config import PRESETS, ModelConfig
@@ -31,8 +31,16 @@ class ServeOptions:
     """The run's manifest, as TOML (fields of RunConfig)."""
     listen: str = "127.0.0.1:0"
     """host:port of the gRPC service; port 0 takes a free one."""
+    advertise: str | None = None
+    """Host by which others reach this machine, when it is not the host of --listen, nor an interface's address."""
     dht_listen: str | None = None
     """libp2p multiaddr the DHT node listens on, like /ip4/0.0.0.0/tcp/4001; by default a free port of the same host."""
+    dht_advertise: str | None = None
+    """libp2p multiaddr by which others reach that, like /dns/run.example/tcp/4001; by default the host of --advertise
+    with the port of --dht-listen."""
+    state: Path | None = None
+    """Folder of what outlives this process: the key of its DHT node and the members it met. With it, and with the same
+    ports, a coordinator that is started again is the same one, in the same swarm."""
     join: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Address of a member of the run, to enter its DHT by: a coordinator's host:port or a libp2p multiaddr; repeat for
     more. Without one: a new DHT."""
@@ -42,6 +50,9 @@ class ServeOptions:
     def __post_init__(self) -> None:
         check_listen(self.listen)
         self.dht_multiaddr  # noqa: B018  a wrong one is found now
+        advertised_address(self.advertise, self.listen)
+        if self.dht_advertise is not None:
+            check_multiaddr("dht_advertise", self.dht_advertise)
         if not 0 < self.manifest_ttl_s <= MAX_LIFETIME_S:
             raise ValueError(f"manifest_ttl_s={self.manifest_ttl_s} is not in (0, {MAX_LIFETIME_S:.0f}]")
 

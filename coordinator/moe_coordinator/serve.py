@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -11,18 +13,25 @@ import uvloop
 
 from moe_coordinator.config import ServeOptions
 from moe_coordinator.service import CoordinatorServicer, running_server
+from moe_coordinator.state import State
 from moe_net.config import RunConfig, to_json
 from moe_net.discovery.base import Discovery
 from moe_net.discovery.dht import DhtDiscovery
 from moe_net.discovery.join import resolve_join
+from moe_net.discovery.listen import advertised_address
 from moe_net.discovery.manifest import keep_manifest
+from moe_net.discovery.reach import addresses_of, announced_host
+from moe_net.folder import alone_in
 from moe_net.signals import until_signalled
+
+KEEP_MEMBERS_EVERY_S = 5.0
 
 
 def main(options: ServeOptions, run: RunConfig) -> int:
     """Serve `run` until SIGTERM or SIGINT; returns exit code 0."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    uvloop.run(until_signalled(_serve(options, run)))
+    with contextlib.nullcontext() if options.state is None else alone_in(options.state):
+        uvloop.run(until_signalled(_serve(options, run)))
     return 0
 
 
@@ -39,14 +48,36 @@ async def _serve(options: ServeOptions, run: RunConfig) -> None:
     members: Sequence[str] = ()
     if options.join:
         _, members = await resolve_join(options.join)
+    run_at = await addresses_of((*options.join, *members)) if options.join else None
+    host = options.advertise or announced_host(options.listen, run_at)
+    state = None if options.state is None else State(options.state)
     # The DHT before the gRPC server: its daemon is forked, and gRPC does not survive a fork.
-    discovery = await DhtDiscovery.create(run=run.name, join=members, listen=options.dht_multiaddr)
+    discovery = await DhtDiscovery.create(
+        run=run.name,
+        join=members,
+        listen=options.dht_multiaddr,
+        advertise=host,
+        announce=options.dht_advertise,
+        identity=None if state is None else state.dht_key,
+        known=() if state is None else state.members(),
+    )
     try:
         await publish_manifest(discovery, manifest_json, ttl_s=options.manifest_ttl_s)
         servicer = CoordinatorServicer(manifest_json=manifest_json, dht_addresses=discovery.addresses)
-        async with running_server(servicer, options.listen) as address:
-            ready = {"event": "ready", "role": "coordinator", "address": address, "dht": list(discovery.addresses)}
-            print(json.dumps({**ready, "run": run.name}), flush=True)
-            await keep_manifest(discovery, manifest_json, ttl_s=options.manifest_ttl_s)
+        async with running_server(servicer, options.listen) as listening:
+            address = advertised_address(host, listening)
+            ready = {"event": "ready", "role": "coordinator", "address": address, "listen": listening}
+            print(json.dumps({**ready, "dht": list(discovery.addresses), "run": run.name}), flush=True)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(keep_manifest(discovery, manifest_json, ttl_s=options.manifest_ttl_s))
+                if state is not None:
+                    tasks.create_task(_keep_members(state, discovery))
     finally:
         await discovery.close()
+
+
+async def _keep_members(state: State, discovery: DhtDiscovery) -> None:
+    """Write down who is there, now and then: a coordinator that is killed has no time for it."""
+    while True:
+        state.keep_members(discovery.known_members)
+        await asyncio.sleep(KEEP_MEMBERS_EVERY_S)

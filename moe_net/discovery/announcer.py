@@ -23,6 +23,8 @@ _STEP_S = 1e-5
 class Announcer:
     """Announces `experts` at `address` while it is open (`async with`), every `ttl_s` / 3 seconds anew.
 
+    `address` may be a function, which is asked each time; while it raises ValueError, the last one counts.
+
     Two refreshes may fail before anybody misses the peer. Entering announces once, and raises what that raises;
     leaving withdraws. The discovery stays the caller's and must be open until then.
     """
@@ -33,7 +35,7 @@ class Announcer:
         identity: Identity,
         *,
         run: str,
-        address: str,
+        address: str | Callable[[], str],
         experts: Sequence[ExpertId],
         ttl_s: float = 30.0,
         clock_s: Callable[[], float] = time.time,
@@ -47,7 +49,9 @@ class Announcer:
         self._discovery = discovery
         self._identity = identity
         self._run = run
-        self._address = address
+        self._ask_address = address if callable(address) else None
+        self.address = "" if callable(address) else address
+        """What the record says; of a function, once it has been announced."""
         self._ttl_s = ttl_s
         self._clock_s = clock_s
         self._sequence = 0
@@ -75,7 +79,7 @@ class Announcer:
             record = sign(
                 self._identity,
                 run=self._run,
-                address=self._address,
+                address=self._address_now(),
                 experts=self.experts,
                 sequence=self._sequence,
                 expires_at_s=self._expires_at_s,
@@ -99,6 +103,19 @@ class Announcer:
                 await self._discovery.announce(record, peer_id=self._identity.peer_id, expires_at_s=self._expires_at_s)
             except (MoeNetError, OSError, TimeoutError) as error:
                 log.warning("not withdrawn, the record expires by itself: %s", error or type(error).__name__)
+
+    def _address_now(self) -> str:
+        if self._ask_address is not None:
+            try:
+                address = self._ask_address()
+            except ValueError:
+                if not self.address:
+                    raise
+            else:
+                if self.address not in ("", address):
+                    log.info("this machine is reached at %s now, not at %s", address, self.address)
+                self.address = address
+        return self.address
 
     def _advance(self, ttl_s: float) -> None:
         # Milliseconds: a restarted peer with the same key goes on above its former numbers.

@@ -8,12 +8,15 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 with warnings.catch_warnings():
     # hivemind compiles two functions with torch.jit.script, which torch has deprecated.
     warnings.simplefilter("ignore", DeprecationWarning)
-    from hivemind.p2p import P2P
+    from hivemind.p2p import P2P, PeerID
+    from hivemind.p2p.p2p_daemon_bindings.p2pclient import Client
+    from hivemind.utils.multiaddr import Multiaddr
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +45,30 @@ class Daemon(P2P):
 
     @staticmethod
     def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
-        # A session of its own: the terminal's Ctrl-C must not end the daemon before our withdrawal is out.
-        setsid = shutil.which("setsid")
-        return [*([setsid] if setsid else []), *P2P._make_process_args(*args, **kwargs)]
+        # A session of its own: the terminal's Ctrl-C must not end the daemon before our withdrawal is out. And it ends
+        # with us: one that outlives its process by half a minute would keep the port from the next.
+        setsid, setpriv = shutil.which("setsid"), shutil.which("setpriv")
+        return [
+            *([setsid] if setsid else []),
+            *([setpriv, "--pdeathsig", "KILL"] if setpriv else []),
+            *P2P._make_process_args(*args, **kwargs),
+        ]
 
     @property
     def has_exited(self) -> bool:
         return self._child is None or self._child.returncode is not None
+
+    async def connections(self) -> dict[PeerID, list[str]]:
+        """The members that the daemon is connected with, and the multiaddrs at the other ends."""
+        peers = await cast(Client, self._client).list_peers()
+        return {peer.peer_id: [str(address) for address in peer.addrs] for peer in peers}
+
+    async def reconnect(self, member: PeerID, addresses: Sequence[str]) -> None:
+        """Leave what connection there is, which may be dead, and make a new one. P2PDaemonError when that fails."""
+        client = cast(Client, self._client)
+        if member in await self.connections():
+            await client.disconnect(member)
+        await client.connect(member, [Multiaddr(address) for address in addresses])
 
     async def end(self) -> None:
         """Stop the daemon and wait for it; kill it when it does not stop."""
@@ -69,17 +89,33 @@ class Daemon(P2P):
                 self._child.kill()
 
 
-async def start_daemon(directory: str, join: Sequence[str], listen: str, client_mode: bool, timeout_s: float) -> Daemon:
+async def start_daemon(
+    directory: str,
+    *,
+    join: Sequence[str],
+    listen: str,
+    announce: str | None,
+    identity: Path | None,
+    client_mode: bool,
+    timeout_s: float,
+) -> Daemon:
     """A daemon that listens, or in `client_mode` does not, and knows those to `join`; its sockets lie in `directory`.
 
-    When it raises, or is cancelled, no daemon is left.
+    It tells others the multiaddr `announce`, or where it listens. `identity` is the file of its key, made when there
+    is none. When it raises, or is cancelled, no daemon is left.
     """
+    if identity is not None:
+        await asyncio.to_thread(_ensure_key, identity)
     kind = Daemon.in_directory(directory)
     # importlib.resources.path, which hivemind calls, warns in Python 3.11 and 3.12, and no more in 3.13.
     warnings.filterwarnings("ignore", "path is deprecated", DeprecationWarning, r"hivemind\.p2p\.")
     creating = kind.create(
         initial_peers=list(join) or None,
         host_maddrs=None if client_mode else [listen],
+        announce_maddrs=None if announce is None else [announce],
+        identity_path=None if identity is None else str(identity),
+        # Asking the others would start a second daemon, and find this one's dead predecessor.
+        check_if_identity_free=False,
         no_listen=client_mode,
         # Only who listens beyond this machine needs a port of the router.
         nat_port_map=not client_mode and not listen.startswith("/ip4/127."),
@@ -99,6 +135,16 @@ async def start_daemon(directory: str, join: Sequence[str], listen: str, client_
         for daemon in kind.made:
             await daemon.end()
         raise
+
+
+def _ensure_key(path: Path) -> None:
+    """A libp2p key is at `path`: the one that was there, or a new one, whole or not at all."""
+    if path.exists():
+        return
+    unfinished = path.with_name(f".{path.name}.new")
+    unfinished.unlink(missing_ok=True)
+    P2P.generate_identity(str(unfinished))
+    unfinished.replace(path)
 
 
 def socket_directory() -> str:

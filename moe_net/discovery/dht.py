@@ -11,15 +11,18 @@ and the list of runs are not signed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
 import warnings
 from collections.abc import Collection, Coroutine, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from moe_net.discovery import layout
+from moe_net.discovery.book import AddressBook, split, tcp_of
 from moe_net.discovery.crowd import Crowd, RunExperts
 from moe_net.discovery.daemon import SHUTDOWN_TIMEOUT_S, Daemon, dismantle, socket_directory, start_daemon
 from moe_net.discovery.guard import NoCache, Store, Validator, limit_nesting
@@ -32,7 +35,7 @@ from moe_net.discovery.layout import (
     shard_key,
     shard_of,
 )
-from moe_net.discovery.listen import check_free
+from moe_net.discovery.listen import dht_announcement, free_multiaddr
 from moe_net.discovery.record import MAX_LIFETIME_S, Record, check, open_record, run_fault
 from moe_net.errors import DiscoveryError, JoinError, RecordError
 from moe_net.types import PeerInfo
@@ -56,6 +59,11 @@ REPLICAS = 5
 """Nodes that keep each dictionary."""
 BEAM = 10
 """Nodes a read asks per dictionary: twice the replicas, so that new nodes nearer to the key do not hide old ones."""
+GREET_EVERY_S = 5.0
+"""Between two looks for members that were met and are not known any more."""
+PROBE_TIMEOUT_S = 2.0
+# A connection of libp2p, encryption included.
+_CONNECT_TIMEOUT_S = 5.0
 
 # The keys of one read of which another node has said what it has, or that it has nothing.
 _answered: ContextVar[set[DHTID] | None] = ContextVar("answered", default=None)
@@ -73,20 +81,20 @@ class _Node(DHTNode):
 
 
 def _peer_in(address: str) -> PeerID:
+    split(address)
     try:
         return PeerID.from_base58(Multiaddr(address)["p2p"])
     except (ValueError, LookupError) as error:
-        raise ValueError(
-            f"{address!r} is not the libp2p address of a member, like /ip4/203.0.113.7/tcp/4001/p2p/12D3Koo...: {error}"
-        ) from error
+        raise ValueError(f"{address!r} is not the libp2p address of a member: {error}") from error
 
 
 class DhtDiscovery:
     """A member of a run's DHT. Make it with `create`; `close` it, or use it as an async context manager."""
 
     def __init__(
-        self, daemon: Daemon, node: DHTNode, validator: Validator, directory: str, members: Sequence[PeerID],
+        self, daemon: Daemon, node: DHTNode, validator: Validator, directory: str, book: AddressBook,
         *, run: str | None, shards: int, addresses: tuple[str, ...], client_mode: bool, timeout_s: float,
+        has_joined: bool, greet_every_s: float,
     ) -> None:  # fmt: skip
         """Use `create`."""
         self.run = run
@@ -95,7 +103,9 @@ class DhtDiscovery:
         """Multiaddrs by which others can join; none for a client."""
         self._daemon, self._node, self._validator = daemon, node, validator
         self._directory = directory
-        self._members = tuple(members)
+        self._book = book
+        self._has_joined = has_joined
+        self._greet_every_s = greet_every_s
         self._shards = shards
         self._client_mode = client_mode
         self._timeout_s = timeout_s
@@ -104,6 +114,7 @@ class DhtDiscovery:
         self._junk: frozenset[str] = frozenset()
         self._was_mute = self._was_crowded = False
         self._crowd = Crowd()
+        self._keeping = asyncio.create_task(self._keep_in_touch(), name="greetings in the DHT")
 
     @classmethod
     async def create(
@@ -112,18 +123,27 @@ class DhtDiscovery:
         run: str | None,
         join: Sequence[str] = (),
         listen: str = "/ip4/127.0.0.1/tcp/0",
+        advertise: str | None = None,
+        announce: str | None = None,
+        identity: Path | None = None,
+        known: Sequence[str] = (),
         client_mode: bool = False,
         shards: int = SHARDS,
         replicas: int = REPLICAS,
         join_timeout_s: float = 10.0,
         timeout_s: float = 10.0,
+        greet_every_s: float = GREET_EVERY_S,
     ) -> DhtDiscovery:
         """Join the DHT that any of the addresses `join` belongs to, or start a new one when there are none.
 
-        `listen` is the multiaddr to listen on; a member in `client_mode` does not listen and keeps nothing for
-        others. `run` None: `get_manifest` finds out, when the DHT carries one run only. `timeout_s` bounds every
-        later operation. JoinError when no address answers within about `join_timeout_s`; ValueError for an address
-        that cannot be one; OSError when it cannot listen.
+        `listen` is the multiaddr to listen on. Others are told the multiaddr `announce`, else the host `advertise` (or
+        that of `host:port`) with the port of `listen`, else where it listens. `identity` is the file of the libp2p key,
+        made when there is none; without it, a key for this process. `known` are members of an earlier life, which are
+        greeted as well and need not be there. A member in `client_mode` does not listen and keeps nothing for others.
+
+        `run` None: `get_manifest` finds out, when the DHT carries one run only. `timeout_s` bounds every later
+        operation. JoinError when no address answers within about `join_timeout_s`; ValueError for an address that
+        cannot be one; OSError when it cannot listen.
         """
         fault = None if run is None else run_fault(run)
         if fault:
@@ -131,8 +151,13 @@ class DhtDiscovery:
         if client_mode and not join:
             raise ValueError("a client keeps nothing and needs a member to join: give the address of one")
         members = [_peer_in(address) for address in join]
+        book = AddressBook(join)
+        for address in known:
+            book.note(str(_peer_in(address)), [split(address)[0]])
         if not client_mode:
-            check_free(listen)
+            listen = await free_multiaddr(listen)
+            if announce is None and advertise is not None:
+                announce = dht_announcement(advertise, listen)
         directory = socket_directory()
         validator = Validator(shards)
         if run is not None:
@@ -140,9 +165,14 @@ class DhtDiscovery:
         daemon: Daemon | None = None
         try:
             async with asyncio.timeout(join_timeout_s):
-                daemon = await start_daemon(directory, join, listen, client_mode, join_timeout_s)
+                daemon = await start_daemon(
+                    directory, join=join, listen=listen, announce=announce, identity=identity, client_mode=client_mode,
+                    timeout_s=join_timeout_s,
+                )  # fmt: skip
                 node = await _Node.create(
                     p2p=daemon,
+                    # One place in the DHT for one key: a restarted member takes its own again.
+                    node_id=DHTID.generate(source=cast(PeerID, daemon.peer_id).to_bytes()),
                     num_replicas=replicas,
                     client_mode=client_mode,
                     record_validator=validator,
@@ -169,10 +199,14 @@ class DhtDiscovery:
         except BaseException:
             await dismantle(daemon, directory)
             raise
-        return cls(
-            daemon, node, validator, directory, members,
+        discovery = cls(
+            daemon, node, validator, directory, book,
             run=run, shards=shards, addresses=addresses, client_mode=client_mode, timeout_s=timeout_s,
+            has_joined=bool(join), greet_every_s=greet_every_s,
         )  # fmt: skip
+        if known and not join:
+            await discovery.greet_lost()
+        return discovery
 
     async def __aenter__(self) -> DhtDiscovery:
         return self
@@ -202,7 +236,7 @@ class DhtDiscovery:
         _answered.set(answered := set())
         shelves = await self._get(keys)
         # Whoever began a DHT may be alone in it, and its own store is all there is.
-        mute = [k for k in keys if shelves[k] is None and DHTID.generate(k) not in answered] if self._members else []
+        mute = [k for k in keys if shelves[k] is None and DHTID.generate(k) not in answered] if self._has_joined else []
         now_s = time.time()
         for key, shelf in shelves.items():
             entries = layout.live_entries(shelf, now_s)
@@ -281,7 +315,7 @@ class DhtDiscovery:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        for task in self._running:
+        for task in (*self._running, self._keeping):
             task.cancel()
         try:
             async with asyncio.timeout(SHUTDOWN_TIMEOUT_S):
@@ -298,10 +332,57 @@ class DhtDiscovery:
             raise DiscoveryError("no run yet: none was named, and get_manifest has not found one")
         return self.run
 
+    @property
+    def known_members(self) -> tuple[str, ...]:
+        """Multiaddrs of the members that were met last, for `known` of a later life."""
+        return self._book.multiaddrs
+
+    async def greet_lost(self) -> bool:
+        """Look for members that were met and that the routing table does not have (any more); whether one answers.
+
+        Without it two sites that were parted would know their own halves for ever: whoever does not answer once leaves
+        the routing table.
+        """
+        for member, addresses in (await self._daemon.connections()).items():
+            self._book.note(str(member), addresses)
+        present = map(str, self._node.protocol.routing_table.peer_id_to_uid)
+        lost = self._book.next_lost(present)
+        answers = await asyncio.gather(*map(self._greet, lost))
+        if any(answers):
+            await self._node.find_nearest_nodes([self._node.node_id])
+        return any(answers)
+
+    async def _greet(self, member: str) -> bool:
+        addresses, peer_id = self._book.addresses(member), PeerID.from_base58(member)
+        # libp2p waits longer after each call in vain, five minutes in the end. So it is not asked before TCP answers.
+        if not any(await asyncio.gather(*map(_answers, addresses))):
+            return False
+        protocol = self._node.protocol
+        if await protocol.call_ping(peer_id) is None:
+            # The connection may be of the time before: the daemon would keep it until it notices.
+            try:
+                async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                    await self._daemon.reconnect(peer_id, addresses)
+            except (P2PDaemonError, OSError, TimeoutError) as error:
+                log.debug("%s answers at %s, but not in libp2p: %r", member, ", ".join(addresses), error)
+                return False
+            if await protocol.call_ping(peer_id) is None:
+                return False
+        self._node.blacklist.register_success(peer_id)
+        return True
+
+    async def _keep_in_touch(self) -> None:
+        while not self._daemon.has_exited:
+            await asyncio.sleep(self._greet_every_s)
+            try:
+                await self.greet_lost()
+            except (P2PDaemonError, OSError) as error:
+                log.debug("looked for nobody: %r", error)
+
     async def _ensure_connected(self) -> None:
         """Whoever joined others and knows nobody any more asks for them again, and trusts no empty answer."""
-        lost = bool(self._members) and not self._node.protocol.routing_table.uid_to_peer_id
-        if lost and not await self._bounded(_greet(self._node, self._members)):
+        lost = self._has_joined and not self._node.protocol.routing_table.uid_to_peer_id
+        if lost and not await self._bounded(self.greet_lost()):
             raise DiscoveryError("no other member of the DHT answers")
 
     async def _get(self, keys: Sequence[str]) -> dict[str, Any]:
@@ -331,6 +412,9 @@ class DhtDiscovery:
         if self._closing is not None or self._daemon.has_exited:
             operation.close()
             raise DiscoveryError("closed" if self._closing is not None else "the libp2p daemon has died")
+        if self._keeping.done():
+            operation.close()
+            self._keeping.result()  # a bug there must not part us from the others in silence
         task = asyncio.create_task(operation)
         self._running.add(task)
         try:
@@ -344,6 +428,22 @@ class DhtDiscovery:
             raise
         finally:
             self._running.discard(task)
+
+
+async def _answers(address: str) -> bool:
+    """Whether somebody listens there; of what is not TCP nobody can tell."""
+    place = tcp_of(address)
+    if place is None:
+        return True
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(*place)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return True
 
 
 async def _greet(node: DHTNode, members: Sequence[PeerID]) -> bool:

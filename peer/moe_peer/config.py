@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from moe_net.discovery.listen import advertised_address, check_listen, dht_multiaddr
+from moe_net.discovery.listen import advertised_address, check_listen, check_multiaddr, dht_multiaddr
 from moe_net.model.config import ModelConfig
 from moe_net.types import ExpertId
 from moe_peer.cut import Cut, open_cuts
@@ -32,13 +32,17 @@ class ServeConfig:
     experts with the fewest replicas."""
     max_experts: int | None = None
     """Without --experts, how many; by default as many as fit into half of the free memory."""
-    listen: str = "127.0.0.1:0"
-    """host:port of the gRPC service; port 0 takes a free one."""
+    listen: str | None = None
+    """host:port of the gRPC service; port 0 takes a free one. By default a free port of every interface, or of
+    127.0.0.1 when the whole run is on this machine."""
     advertise: str | None = None
-    """Host by which others reach this machine, when it is not the host of --listen (NAT, container, 0.0.0.0); or
-    HOST:PORT, when the port is another one as well (forwarded, or that of a proxy)."""
+    """Host by which others reach this machine, when it is not the address from which it reaches the run (forwarded
+    port, proxy); or HOST:PORT, when the port is another one as well."""
     dht_listen: str | None = None
-    """libp2p multiaddr to listen on; by default a free TCP port of --listen's host."""
+    """libp2p multiaddr to listen on, like /ip4/0.0.0.0/tcp/4001; by default a free TCP port of --listen's host."""
+    dht_advertise: str | None = None
+    """libp2p multiaddr by which others reach that, like /dns/home.example/tcp/4001; by default the host of --advertise
+    with the port of --dht-listen."""
     load: Path | None = None
     """Take the experts' state from a checkpoint: its folder, or any folder of a run that holds some (the newest).
     Experts of which a living replica has a later version are taken from there all the same."""
@@ -73,11 +77,12 @@ class ServeConfig:
     """How long running calls may take to finish at a stop."""
 
     def __post_init__(self) -> None:
-        check_listen(self.listen)
-        self.dht_multiaddr  # noqa: B018  a wrong one is found now
-        advertised_address(self.advertise, self.listen)
-        if self.advertise is None and self.listen.rpartition(":")[0] in ("0.0.0.0", "[::]"):
-            raise ValueError(f"listen={self.listen!r} is every address of this machine: say by --advertise which one")
+        if self.listen is not None:
+            check_listen(self.listen)
+            self.dht_multiaddr(self.listen)
+        advertised_address(self.advertise, "0.0.0.0:1")
+        if self.dht_advertise is not None:
+            check_multiaddr("dht_advertise", self.dht_advertise)
         if self.experts is not None and self.max_experts is not None:
             raise ValueError("experts and max_experts exclude each other")
         positive = {
@@ -97,10 +102,9 @@ class ServeConfig:
         if min(self.cache_mib, self.reply_mib, self.journal_mib, self.exchange_every_s, self.grace_s) < 0:
             raise ValueError("cache_mib, reply_mib, journal_mib, exchange_every_s and grace_s must not be negative")
 
-    @property
-    def dht_multiaddr(self) -> str:
-        """Where the DHT node listens; ValueError when that does not follow from `listen`."""
-        return dht_multiaddr(self.listen) if self.dht_listen is None else self.dht_listen
+    def dht_multiaddr(self, listen: str) -> str:
+        """Where the DHT node listens beside a gRPC server at `listen`; ValueError when that does not follow from it."""
+        return dht_multiaddr(listen) if self.dht_listen is None else self.dht_listen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

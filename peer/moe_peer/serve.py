@@ -23,6 +23,7 @@ from moe_net.discovery.directory import DirectoryWatcher
 from moe_net.discovery.join import resolve_join
 from moe_net.discovery.listen import advertised_address
 from moe_net.discovery.manifest import find_manifest, keep_manifest, put_manifest
+from moe_net.discovery.reach import addresses_of, announced_host, default_listen
 from moe_net.discovery.record import Identity, to_ranges
 from moe_net.errors import JoinError
 from moe_net.experts.bank import memory_bytes
@@ -62,10 +63,15 @@ async def _serve(config: ServeConfig) -> None:
         # open): the daemon must be told whom to join.
         joined = await resolve_join(config.join, timeout_s=config.join_timeout_s)
         known = None if joined.manifest_json is None else _read_manifest(joined.manifest_json, config)
+        run_at = await addresses_of((*config.join, *joined.dht_addresses))
+        listen = config.listen or default_listen(run_at)
+        host = config.advertise or announced_host(listen, run_at)
         discovery = await DhtDiscovery.create(
             run=config.run if known is None else known.name,
             join=joined.dht_addresses,
-            listen=config.dht_multiaddr,
+            listen=config.dht_multiaddr(listen),
+            advertise=host,
+            announce=config.dht_advertise,
             join_timeout_s=config.join_timeout_s,
         )
         stack.push_async_callback(discovery.close)
@@ -82,7 +88,7 @@ async def _serve(config: ServeConfig) -> None:
                 host,
                 run=run,
                 peer_id=identity.peer_id,
-                listen=config.listen,
+                listen=listen,
                 grace_s=config.grace_s,
                 max_batch_rows=config.max_batch_rows,
                 max_queue_rows=config.max_queue_rows,
@@ -90,10 +96,15 @@ async def _serve(config: ServeConfig) -> None:
                 on_meeting=_print_meeting,
             )
         )
-        address = advertised_address(config.advertise, server.address)
-        await stack.enter_async_context(
-            Announcer(discovery, identity, run=run.name, address=address, experts=experts, ttl_s=run.record_ttl_s)
+
+        def address_now() -> str:
+            # A line may come back with another address.
+            return advertised_address(config.advertise or announced_host(listen, run_at), server.address)
+
+        announcer = Announcer(
+            discovery, identity, run=run.name, address=address_now, experts=experts, ttl_s=run.record_ttl_s
         )
+        await stack.enter_async_context(announcer)
         directory = None
         if config.share_gradients or config.exchange_every_s > 0:
             directory = await stack.enter_async_context(DirectoryWatcher(discovery, experts=run.model.expert_ids))
@@ -115,7 +126,7 @@ async def _serve(config: ServeConfig) -> None:
         ready = {
             "event": "ready",
             "role": "peer",
-            "address": address,
+            "address": announcer.address,
             "listen": server.address,
             "peer_id": identity.peer_id,
             "run": run.name,
@@ -123,7 +134,9 @@ async def _serve(config: ServeConfig) -> None:
             "dht": list(discovery.addresses),
         }
         print(json.dumps(ready), flush=True)
-        log.info("serving %d experts (%s) of run %s at %s", len(experts), describe(experts), run.name, address)
+        log.info(
+            "serving %d experts (%s) of run %s at %s", len(experts), describe(experts), run.name, announcer.address
+        )
         try:
             await keep_manifest(discovery, to_json(run))
         finally:

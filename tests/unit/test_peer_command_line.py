@@ -67,7 +67,7 @@ def test_a_wrong_specification_is_named_with_what_there_is(spec: str, complaint:
     [
         ({"listen": "8000"}, "not host:port"),
         ({"listen": "::1:0"}, r"an IPv6 address stands in brackets, as in \[::1\]:0"),
-        ({"listen": "0.0.0.0:1"}, "--advertise"),
+        ({"dht_advertise": "/ip4/0.0.0.0/tcp/1"}, r"dht_advertise=.* is not like"),
         ({"advertise": "home.example:"}, "neither a host nor host:port"),
         ({"advertise": "home.example:70000"}, "neither a host nor host:port"),
         ({"listen": "127.0.0.1:99999"}, "a port is 65535 at most"),

@@ -14,7 +14,7 @@ from typing import TextIO
 
 from moe_coordinator.faults import Action, FaultPlan, advance, describe, is_cut, timetable
 from moe_coordinator.proxy import Proxy
-from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Supervisor
+from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supervisor
 
 FAULTS_FILE = "faults.jsonl"
 
@@ -165,12 +165,7 @@ class Laboratory:
         await old.wait()  # it may have to give its port back
         self._restarts[name] = self._restarts.get(name, 0) + 1
         spec = replace(self._specs[name], log_suffix=f".{self._restarts[name]}")
-        others = [other for other in self.members.values() if other.running and other.name != name]
-        ways = [str(other.last["ready"]["dht"][0]) for other in others if other.last.get("ready", {}).get("dht")]
-        if ways and not self.members["coordinator"].running:
-            # Any member is a way in. Asked as well, the dead coordinator would cost the whole --join-timeout-s.
-            at = spec.argv.index("--join")
-            spec = replace(spec, argv=(*spec.argv[: at + 1], ways[0], *spec.argv[at + 2 :]))
+        spec = at_same_ports(spec, old.last.get("ready")) if name == "coordinator" else self._with_a_way_in(spec)
         if self._left:
             return
         child = await self._supervisor.start(spec)
@@ -178,9 +173,29 @@ class Laboratory:
         if not self._left:
             self._watching.add(asyncio.create_task(self._greet(child)))
 
+    def _with_a_way_in(self, spec: ChildSpec) -> ChildSpec:
+        """A peer's, which joins by another member when the coordinator is not there."""
+        others = [other for other in self.members.values() if other.running and other.name != spec.name]
+        ways = [str(other.last["ready"]["dht"][0]) for other in others if other.last.get("ready", {}).get("dht")]
+        if not ways or self.members["coordinator"].running:
+            return spec
+        # Any member is a way in. Asked as well, the dead coordinator would cost the whole --join-timeout-s.
+        at = spec.argv.index("--join")
+        return replace(spec, argv=(*spec.argv[: at + 1], ways[0], *spec.argv[at + 2 :]))
+
     async def _greet(self, child: Child) -> None:
         try:
             self._say(f"{child.name} serves again at {await self.ready(child)}")
         except ChildError as error:
             if not child.stopping:  # else it was killed meanwhile
                 self._say(str(error))
+
+
+def at_same_ports(coordinator: ChildSpec, ready: Event | None) -> ChildSpec:
+    """The coordinator where the others look for it; `ready` is what it said the first time, if it came that far."""
+    if ready is None:
+        return coordinator
+    at = coordinator.argv.index("--listen")
+    dht = str(ready["dht"][0]).partition("/p2p/")[0]
+    argv = (*coordinator.argv[:at], "--listen", str(ready["listen"]), "--dht-listen", dht, *coordinator.argv[at + 2 :])
+    return replace(coordinator, argv=argv)

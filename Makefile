@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check protos bench clean
+.PHONY: demo test test-compose check protos bench clean
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The containers of docker/, on an engine that runs already or on one that is started for this.
+test-compose: $(STAMP)
+	docker/tests/install-engine
+	$(BIN)/python -m pytest docker/tests
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,82 @@
+"""`compose.chaos.yaml`: training goes on while containers are killed, paused, cut off and lose their network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from composed_chaos import CHAOS_FILE, FAULTS_FILE, chaos
+from composed_swarm import COMPOSE_FILE, compose_command
+from container_engine import Engine, command
+
+from moe_coordinator.faults import FaultPlan
+from moe_net.config import load_toml
+
+pytestmark = pytest.mark.timeout(480)
+
+# What `make compose-chaos` does in five minutes, in a minute and a half.
+FAULTS = """
+[network]
+round_trip_s = 0.02
+bandwidth_mib_s = 10.0
+[[fault]]
+at_s = 3.0
+target = "peer-0"
+what = "restart"
+after_s = 2.0
+[[fault]]
+at_s = 25.0
+target = "peer-1"
+what = "stop"
+duration_s = 10.0
+[[fault]]
+at_s = 45.0
+target = "peer-2"
+what = "disconnect"
+duration_s = 20.0
+[[fault]]
+at_s = 50.0
+target = "coordinator"
+what = "restart"
+after_s = 3.0
+[[fault]]
+at_s = 55.0
+target = "peer-3"
+what = "cut"
+duration_s = 2.0
+"""
+
+
+def test_training_survives_what_is_done_to_its_containers(
+    engine: Engine, images: dict[str, str], tag: str, tmp_path: Path
+) -> None:
+    faults = tmp_path / "faults.toml"
+    faults.write_text(FAULTS)
+    done = chaos(engine, tag=tag, results=tmp_path / "results", faults=faults, for_s=75.0)
+    assert done.returncode == 0, "it has said what it missed"
+    for said in (
+        "killed peer-0 (SIGKILL)",
+        "suspended peer-1 (SIGSTOP) for 10 s",
+        "disconnected peer-2 for 20 s",
+        "killed coordinator (SIGKILL)",
+        "cut peer-3 off for 2 s",
+    ):
+        assert said in done.stdout
+    for event in ("restart of peer-0", "stop of peer-1", "disconnect of peer-2", "restart of coordinator"):
+        assert f"after {event} ended" in done.stdout
+
+
+def test_the_schedule_of_five_minutes_is_as_hard_as_it_says() -> None:
+    faults = load_toml(FaultPlan, FAULTS_FILE).fault
+    kills = sorted(f.at_s or 0.0 for f in faults if f.what == "restart" and f.target.startswith("peer-"))
+    assert kills == [10.0 + 30.0 * n for n in range(10)], "one each half minute"
+    others = {(f.what, f.lasts_s) for f in faults if not f.on_network and not f.target.startswith("coordinator")}
+    assert {("stop", 20.0), ("disconnect", 60.0)} <= others
+    assert [f.target for f in faults if f.what == "restart"].count("coordinator") == 1
+
+
+def test_both_files_together_are_a_project_of_named_peers_behind_proxies(engine: Engine) -> None:
+    files = [word for file in (COMPOSE_FILE, CHAOS_FILE) for word in ("--file", str(file))]
+    services = command([*compose_command(), *files, "config", "--services"], engine.environment, timeout_s=60.0).split()
+    numbered = {f"{kind}-{n}" for kind in ("peer", "proxy") for n in range(4)}
+    assert set(services) == {"coordinator", "peer", "results", "trainer"} | numbered

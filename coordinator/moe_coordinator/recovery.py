@@ -68,8 +68,8 @@ def read_steps(text: str, *, since_s: float) -> list[Step]:
 def recovery_s(event: Happened, happened: Iterable[Happened], steps: Sequence[Step]) -> float | None:
     """Seconds from the event's end until all experts were live again, and stayed so until another fault began.
 
-    Seconds in which another fault lasted do not count: experts that it took away are not this one's. None while the
-    event lasts, or when they have not been back so far.
+    Seconds in which other faults lasted that ended meanwhile do not count: experts that those took away are not this
+    one's. None while the event lasts, or when they have not been back so far.
     """
     if event.ended_s is None:
         return None
@@ -86,19 +86,19 @@ def recovery_s(event: Happened, happened: Iterable[Happened], steps: Sequence[St
             back_s = step.at_s
     if back_s is None:
         return None
-    return back_s - event.ended_s - _covered_s(others, event.ended_s, back_s)
+    # One that still lasts when they are back has not kept them away.
+    meanwhile = [other for other in others if other.ended_s is not None and other.ended_s <= back_s]
+    return back_s - event.ended_s - _lasted_s(meanwhile, since_s=event.ended_s)
 
 
-def _covered_s(faults: Iterable[Happened], from_s: float, to_s: float) -> float:
-    """Seconds between these times in which at least one of the faults lasted."""
-    covered_s, reached_s = 0.0, from_s
+def _lasted_s(faults: Iterable[Happened], since_s: float) -> float:
+    """Seconds since then in which at least one of these, which have ended, lasted."""
+    sum_s, reached_s = 0.0, since_s
     for fault in sorted(faults, key=lambda fault: fault.began_s):
-        begin_s = max(reached_s, fault.began_s)
-        end_s = min(to_s, math.inf if fault.ended_s is None else fault.ended_s)
-        if end_s > begin_s:
-            covered_s += end_s - begin_s
-            reached_s = end_s
-    return covered_s
+        assert fault.ended_s is not None
+        sum_s += max(0.0, fault.ended_s - max(reached_s, fault.began_s))
+        reached_s = max(reached_s, fault.ended_s)
+    return sum_s
 
 
 def missed(happened: Sequence[Happened], steps: Sequence[Step], *, trainer: str | None, limit_s: float) -> list[str]:

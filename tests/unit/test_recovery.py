@@ -47,7 +47,13 @@ def test_a_fault_that_begins_after_the_return_takes_nothing_back() -> None:
     assert recovery_s(later, [event, later], steps) == 4.0
 
 
-def test_seconds_in_which_another_fault_lasts_do_not_count() -> None:
+def test_a_fault_that_lasts_when_the_experts_are_back_has_not_kept_them_away() -> None:
+    event, longer = one(10.0, 12.0), one(5.0, 30.0, PAUSE)
+    steps = [step(13.0, 2), step(17.0), step(31.0)]
+    assert recovery_s(event, [longer, event], steps) == 5.0
+
+
+def test_seconds_in_which_another_fault_lasted_do_not_count() -> None:
     event, longer, inner = one(10.0, 12.0), one(5.0, 30.0, PAUSE), one(15.0, 17.0, PAUSE)
     assert recovery_s(event, [longer, event, inner], [step(13.0, 2), step(33.0)]) == 3.0
     shorter = [one(5.0, 13.0, PAUSE), one(12.5, 14.0, PAUSE)]

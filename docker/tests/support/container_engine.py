@@ -39,6 +39,12 @@ class Engine:
         """What `docker ARGUMENTS` printed."""
         return command([self.client, *map(str, arguments)], self.environment, timeout_s=timeout_s, stdin=stdin)
 
+    def logs(self, container: str) -> str:
+        """All that a container said, for people as well as for machines."""
+        argv = [self.client, "logs", container]
+        done = subprocess.run(argv, env=self.environment, capture_output=True, text=True, timeout=60.0, check=True)
+        return done.stdout + done.stderr
+
 
 def command(argv: list[str], environment: Mapping[str, str], *, timeout_s: float, stdin: int | None = None) -> str:
     """What a command printed on stdout; an error with what it said when it failed."""

@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_net.discovery.book import split
-
 log = logging.getLogger(__name__)
 
 
@@ -22,21 +20,11 @@ class State:
         self._kept: Sequence[str] = ()
 
     def members(self) -> tuple[str, ...]:
-        """Multiaddrs of the members that were met last; none where this is the first time. Lines that are none are left
-        out."""
+        """Multiaddrs of the members that were met last; none where this is the first time."""
         try:
-            lines = self._members.read_text(encoding="utf-8", errors="replace").splitlines()
+            return tuple(self._members.read_text(encoding="utf-8", errors="replace").splitlines())
         except FileNotFoundError:
             return ()
-        found: list[str] = []
-        for line in lines:
-            try:
-                split(line)
-            except ValueError:
-                log.warning("%s: left out a line that is no member's address", self._members)
-            else:
-                found.append(line)
-        return tuple(found)
 
     def keep_members(self, members: Sequence[str]) -> None:
         """Write them down, if they are others than the last time; a disk that is full is no reason to end."""

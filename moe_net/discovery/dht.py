@@ -153,7 +153,10 @@ class DhtDiscovery:
         members = [_peer_in(address) for address in join]
         book = AddressBook(join)
         for address in known:
-            book.note(str(_peer_in(address)), [split(address)[0]])
+            try:
+                book.note(str(_peer_in(address)), [split(address)[0]])
+            except ValueError as error:
+                log.warning("left out of the members known before: %s", error)
         if not client_mode:
             listen = await free_multiaddr(listen)
             if announce is None and advertise is not None:

@@ -104,13 +104,14 @@ def test_a_peer_with_one_processor_and_one_gib_survives_two_minutes_of_full_load
             "--entrypoint", "python", images["peer"], "/full_load.py", "/run.toml", said["address"], said["experts"],
             LOAD_S,
         ).strip()  # fmt: skip
-        assert engine.run("wait", load, timeout_s=LOAD_S + 120.0).strip() == "0", engine.logs(load)
+        failed = engine.run("wait", load, timeout_s=LOAD_S + 120.0).strip()
+        state = json.loads(engine.run("inspect", peer))[0]["State"]
+        assert (state["Running"], state["OOMKilled"]) == (True, False), state
+        assert failed == "0", engine.logs(load)
         counts = json.loads(engine.run("logs", load))
         assert counts["answered"] > LOAD_S, counts
         assert counts["committed"] > 0, counts
 
-        state = json.loads(engine.run("inspect", peer))[0]["State"]
-        assert (state["Running"], state["OOMKilled"]) == (True, False), state
         engine.run("stop", peer)
         state = json.loads(engine.run("inspect", peer))[0]["State"]
         assert (state["ExitCode"], state["OOMKilled"]) == (0, False), state

@@ -24,7 +24,6 @@ from container_engine import Engine, EngineError, command, running_engine
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = "python:3.11-slim-bookworm"
-WHEELS = "moe-net-test-wheels"
 TARGETS = ("peer", "coordinator")
 # pip's options that say where packages come from. Those that name folders of this machine mean nothing in a build.
 REMOTE_OPTIONS = ("index-url", "extra-index-url", "trusted-host", "timeout", "retries")
@@ -124,10 +123,10 @@ def pip_secrets(options: PipOptions) -> Iterator[list[str]]:
         yield [*secrets, "--secret", f"id=pip.conf,src={path}"]
 
 
-def build(engine: Engine, target: str, name: str, options: PipOptions) -> None:
+def build(engine: Engine, target: str, name: str, options: PipOptions, *, wheels: str | None) -> None:
     arguments = ["--build-arg", f"BASE={BASE}"]
-    if options.wheels:
-        arguments += ["--build-arg", f"WHEELS={WHEELS}", "--build-arg", "TORCH_INDEX="]
+    if wheels is not None:
+        arguments += ["--build-arg", f"WHEELS={wheels}", "--build-arg", "TORCH_INDEX="]
     if not engine.borrowed:
         arguments += ["--build-arg", f"HTTPS_PROXY={egress.URL}"]
     with pip_secrets(options) as secrets:
@@ -149,15 +148,16 @@ def built_images(engine: Engine, *, tag: str) -> Iterator[dict[str, str]]:
 
         if get_base(engine):
             remove_later(BASE)
-        if options.wheels:
+        wheels = f"moe-net-test-wheels:{tag}" if options.wheels else None
+        if wheels is not None:
             with tempfile.TemporaryDirectory(prefix="moe-wheels-") as folder:
                 for wheel in options.wheels:
                     shutil.copy(wheel, folder)
-                import_image(engine, WHEELS, Path(folder))
-            remove_later(WHEELS)
+                import_image(engine, wheels, Path(folder))
+            remove_later(wheels)
         names = {target: f"moe-net-{target}:{tag}" for target in TARGETS}
         for target, name in names.items():
-            build(engine, target, name, options)
+            build(engine, target, name, options, wheels=wheels)
             remove_later(name)
         yield names
 

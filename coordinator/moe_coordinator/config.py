@@ -160,7 +160,7 @@ class LocalOptions:
     ready_timeout_s: float = 120.0
     """How long a process may take to start (torch's import included)."""
     grace_s: float = 30.0
-    """How long a process may take to stop before it is killed; a trainer evaluates and writes a checkpoint first."""
+    """How long a process may take to stop before it is killed; a trainer writes a checkpoint first."""
 
     def __post_init__(self) -> None:
         if self.peers < 1 or self.trainers < 1:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +28,8 @@ from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supe
 from moe_net.checkpoint_folder import trainer_folder
 from moe_net.config import RunConfig
 from moe_net.folder import alone_in
-from moe_net.signals import STOP, on_signals
+from moe_net.machine import processors
+from moe_net.signals import on_signals, stop_signals
 
 COORDINATOR = (sys.executable, "-m", "moe_coordinator.cli", "serve")
 PEER = (sys.executable, "-m", "moe_peer.cli", "serve")
@@ -145,7 +144,7 @@ class LocalSwarm:
                 supervisor.hurry()
 
         try:
-            with on_signals(ask, (*STOP, signal.SIGHUP)):
+            with on_signals(ask, stop_signals()):
                 await work
         except ChildError as error:
             self._say(str(error))
@@ -190,7 +189,7 @@ class LocalSwarm:
             laboratory.add(spec, peers[-1], hosts=experts)
         for peer, experts in zip(peers, self._experts, strict=True):
             self._say(f"{peer.name} serves at {await laboratory.ready(peer)}: {experts}")
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        cores = processors()
         for index in range(options.trainers):
             spec = trainer_spec(options, self._run_config, index, join=join, cores=cores)
             self._trainers.append(await supervisor.start(spec))

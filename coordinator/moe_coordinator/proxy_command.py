@@ -19,7 +19,7 @@ from moe_coordinator.faults import FaultPlan
 from moe_coordinator.proxy import Proxy
 from moe_coordinator.shaping import Conditions
 from moe_net.config import from_json, load_toml
-from moe_net.signals import on_signals
+from moe_net.signals import on_signals, stop_signals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Change:
 
 
 def main(options: ProxyOptions) -> int:
-    """Carry connections until SIGTERM or SIGINT, which end the process with exit code 0 wherever it is."""
+    """Carry connections until a signal asks to stop, which ends the process with exit code 0 wherever it is."""
     plan = FaultPlan() if options.faults is None else load_toml(FaultPlan, options.faults)
     _check_unused(options.listen)
     uvloop.run(_carry(options, plan))
@@ -59,7 +59,7 @@ async def _carry(options: ProxyOptions, plan: FaultPlan) -> None:
     host, _, port = options.listen.rpartition(":")
     proxy = Proxy(options.target, host=host, port=int(port), seed=f"{plan.seed}/{options.name}", up=up, down=down)
     # Nothing has to be put in order, and what waits for the resolver or for a host that does not answer may wait long.
-    with on_signals(lambda _: os._exit(0)):
+    with on_signals(lambda _: os._exit(0), stop_signals()):
         async with proxy:
             _say("ready", role="proxy", name=options.name, address=proxy.address, target=options.target)
             await _hear(lambda asked: change(proxy, asked))

@@ -49,14 +49,14 @@ async def _serve(options: ServeOptions, run: RunConfig) -> None:
     if options.join:
         _, members = await resolve_join(options.join)
     run_at = await addresses_of((*options.join, *members)) if options.join else None
-    host = options.advertise or announced_host(options.listen, run_at)
+    reached_at = options.advertise or announced_host(options.listen, run_at)
     state = None if options.state is None else State(options.state)
     # The DHT before the gRPC server: its daemon is forked, and gRPC does not survive a fork.
     discovery = await DhtDiscovery.create(
         run=run.name,
         join=members,
         listen=options.dht_multiaddr,
-        advertise=host,
+        advertise=reached_at,
         announce=options.dht_advertise,
         identity=None if state is None else state.dht_key,
         known=() if state is None else state.members(),
@@ -65,7 +65,7 @@ async def _serve(options: ServeOptions, run: RunConfig) -> None:
         await publish_manifest(discovery, manifest_json, ttl_s=options.manifest_ttl_s)
         servicer = CoordinatorServicer(manifest_json=manifest_json, dht_addresses=discovery.addresses)
         async with running_server(servicer, options.listen) as listening:
-            address = advertised_address(host, listening)
+            address = advertised_address(reached_at, listening)
             ready = {"event": "ready", "role": "coordinator", "address": address, "listen": listening}
             print(json.dumps({**ready, "dht": list(discovery.addresses), "run": run.name}), flush=True)
             async with asyncio.TaskGroup() as tasks:

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 # later by little. Unix time in a double is exact to 0.24 us.
 _STEP_S = 1e-5
 
+WITHDRAW_S = 3.5
+"""For a withdrawal. Members that stop at the same moment do not answer, which the DHT finds out in 3 s."""
+
 
 class Announcer:
     """Announces `experts` at `address` while it is open (`async with`), every `ttl_s` / 3 seconds anew.
@@ -26,7 +29,7 @@ class Announcer:
     `address` may be a function, which is asked each time; while it raises ValueError, the last one counts.
 
     Two refreshes may fail before anybody misses the peer. Entering announces once, and raises what that raises;
-    leaving withdraws. The discovery stays the caller's and must be open until then.
+    leaving withdraws, within `WITHDRAW_S`. The discovery stays the caller's and must be open until then.
     """
 
     def __init__(
@@ -94,15 +97,16 @@ class Announcer:
         if self._withdrawn or self._sequence == 0:
             return
         self._withdrawn = True
-        async with self._turn:
-            self._advance(0.0)
-            record = sign_withdrawal(
-                self._identity, run=self._run, sequence=self._sequence, expires_at_s=self._expires_at_s
-            )
-            try:
+        try:
+            async with asyncio.timeout(WITHDRAW_S), self._turn:
+                self._advance(0.0)
+                record = sign_withdrawal(
+                    self._identity, run=self._run, sequence=self._sequence, expires_at_s=self._expires_at_s
+                )
                 await self._discovery.announce(record, peer_id=self._identity.peer_id, expires_at_s=self._expires_at_s)
-            except (MoeNetError, OSError, TimeoutError) as error:
-                log.warning("not withdrawn, the record expires by itself: %s", error or type(error).__name__)
+        except (MoeNetError, OSError, TimeoutError) as error:
+            reason = str(error) or f"not everybody answered within {WITHDRAW_S} s"
+            log.warning("perhaps not withdrawn, the record expires by itself: %s", reason)
 
     def _address_now(self) -> str:
         if self._ask_address is not None:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from moe_net.machine import processors
+
 with warnings.catch_warnings():
     # hivemind compiles two functions with torch.jit.script, which torch has deprecated.
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -22,7 +24,8 @@ log = logging.getLogger(__name__)
 
 # An AF_UNIX path has at most 107 bytes; the daemon's file names take up to 32.
 _MAX_SOCKET_DIR_BYTES = 70
-SHUTDOWN_TIMEOUT_S = 5.0
+SHUTDOWN_TIMEOUT_S = 1.0
+"""For the daemon to stop before it is killed: it takes some 20 ms, and has nothing to lose."""
 
 
 class Daemon(P2P):
@@ -46,11 +49,14 @@ class Daemon(P2P):
     @staticmethod
     def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
         # A session of its own: the terminal's Ctrl-C must not end the daemon before our withdrawal is out. And it ends
-        # with us: one that outlives its process by half a minute would keep the port from the next.
+        # with us: one that outlives its process by half a minute would keep the port from the next. Go counts the cores
+        # of the machine, not those of a container.
         setsid, setpriv = shutil.which("setsid"), shutil.which("setpriv")
         return [
             *([setsid] if setsid else []),
             *([setpriv, "--pdeathsig", "KILL"] if setpriv else []),
+            "env",
+            f"GOMAXPROCS={processors()}",
             *P2P._make_process_args(*args, **kwargs),
         ]
 
@@ -127,7 +133,7 @@ async def start_daemon(
         # Not cancelled half-way: the process must be known to us before it can be ended.
         return cast(Daemon, await asyncio.shield(starting))
     except BaseException:
-        await asyncio.wait([starting], timeout=timeout_s)
+        await asyncio.wait([starting], timeout=SHUTDOWN_TIMEOUT_S)
         starting.cancel()
         await asyncio.wait([starting])
         if not starting.cancelled():

@@ -140,13 +140,17 @@ class ExpertSwarm:
         """End the background tasks; the transport stays the caller's."""
         await self._commits.close()
 
-    async def fetch_experts(self, experts: tuple[ExpertId, ...], *, timeout_s: float) -> dict[str, Tensor]:
+    async def fetch_experts(
+        self, experts: tuple[ExpertId, ...], *, timeout_s: float, suspended: bool = False
+    ) -> dict[str, Tensor]:
         """State of the given experts from their replicas; those that nobody answers for are left out.
 
-        A suspended peer is not asked: a checkpoint waits for it as little as a step does.
+        A suspended peer is not asked, for a checkpoint waits for it as little as a step does; with `suspended` it is,
+        after all others.
         """
         collector = Collector(
-            view=self.view, transport=self._transport, timeout_s=timeout_s, salt=self._salt, on_event=self._on_event,
+            view=self._roster.view if suspended else self.view, transport=self._transport, timeout_s=timeout_s,
+            usable=lambda peer_id: peer_id in self.view().peers, salt=self._salt, on_event=self._on_event,
             clock_s=self._clock_s,
         )  # fmt: skip
         return await collector.collect(experts)

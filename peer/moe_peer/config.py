@@ -51,7 +51,7 @@ class ServeConfig:
     device: str | None = None
     """Where the experts run: cpu, cuda or cuda:1. By default the first CUDA device, or the CPU where there is none."""
     threads: int | None = None
-    """Threads for tensor work; by default as many as cores."""
+    """Threads for tensor work; by default as many as cores, or as a container's quota has processors."""
     cache_mib: int = 256
     """Memory for the inputs of calls whose backward has not come yet."""
     reply_mib: int = 64
@@ -151,7 +151,7 @@ class TrainConfig:
     sample_tokens: int = 240
     """Length of the sample written at the end."""
     threads: int | None = None
-    """Threads for tensor work; by default as many as cores."""
+    """Threads for tensor work; by default as many as cores, or as a container's quota has processors."""
     wait_s: float = 60.0
     """How long to wait until every expert has a host, and, later on, for a layer's experts that are all gone."""
     call_timeout_s: float = 20.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,14 +12,7 @@ from torch import Tensor
 from moe_net.config import RunConfig
 from moe_net.experts.bank import memory_bytes
 from moe_net.kernels.memory import dispatch_bytes
-
-
-def free_memory_bytes() -> int:
-    """Of this machine's memory, what is free just now."""
-    names = os.sysconf_names
-    # macOS does not say what is free: count on a quarter of what is there.
-    free = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in names else os.sysconf("SC_PHYS_PAGES") // 4
-    return free * os.sysconf("SC_PAGE_SIZE")
+from moe_net.machine import available_memory_bytes
 
 
 def find_device(asked: str | None) -> str:
@@ -42,7 +34,7 @@ def room_for_experts(device: str, run: RunConfig, *, max_batch_rows: int, kept_b
     calls, which are there as well."""
     shape, model = run.model.expert_shape, run.model
     if torch.device(device).type == "cpu":
-        return free_memory_bytes() // 2 // memory_bytes(1, shape)
+        return available_memory_bytes() // 2 // memory_bytes(1, shape)
     free, _ = torch.cuda.mem_get_info(device)
     largest = dispatch_bytes(
         max_batch_rows, model.router.experts_per_token, model.n_experts, shape,

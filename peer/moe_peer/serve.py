@@ -11,7 +11,6 @@ import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-import torch
 import uvloop
 
 from moe_net.client import make_banks
@@ -40,6 +39,7 @@ from moe_peer.config import ServeConfig, parse_experts
 from moe_peer.gossip import Gossip, Meeting
 from moe_peer.memory import find_device, room_for_experts
 from moe_peer.server import ExpertServer
+from moe_peer.threads import use_threads
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ def run_serve(config: ServeConfig) -> int:
     """Serve until SIGINT or SIGTERM; exit code. JoinError, CheckpointError, ValueError: why it could not begin."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     tune_allocator()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     uvloop.run(until_signalled(_serve(config)))
     return 0
 
@@ -65,12 +64,12 @@ async def _serve(config: ServeConfig) -> None:
         known = None if joined.manifest_json is None else _read_manifest(joined.manifest_json, config)
         run_at = await addresses_of((*config.join, *joined.dht_addresses))
         listen = config.listen or default_listen(run_at)
-        host = config.advertise or announced_host(listen, run_at)
+        reached_at = config.advertise or announced_host(listen, run_at)
         discovery = await DhtDiscovery.create(
             run=config.run if known is None else known.name,
             join=joined.dht_addresses,
             listen=config.dht_multiaddr(listen),
-            advertise=host,
+            advertise=reached_at,
             announce=config.dht_advertise,
             join_timeout_s=config.join_timeout_s,
         )
@@ -141,6 +140,7 @@ async def _serve(config: ServeConfig) -> None:
             await keep_manifest(discovery, to_json(run))
         finally:
             log.info("leaving: withdraw, finish what runs (%.0f s at most), stop", config.grace_s)
+            await asyncio.gather(announcer.close(), server.leave(grace_s=config.grace_s))
 
 
 async def _catch_up(

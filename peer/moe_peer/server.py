@@ -21,7 +21,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, ParamSpec, Self, TypeVar
 
@@ -68,6 +68,9 @@ log = logging.getLogger(__name__)
 SERVICE = "moe_net.v1.ExpertService"
 MAX_FETCHES = 2
 """At once: each holds its layer's state twice, as tensors and as a file."""
+LINGER_S = 2.0
+"""At a stop, for a Fetch that saves what was learned since the last one, and as long again for the next layer's. A
+trainer that is stopped at the same moment gives its step at hand 1 s."""
 MAX_SHARES = 16
 """Being sent at once."""
 SHARE_S = 3.0
@@ -167,6 +170,10 @@ class ExpertServer:
         self._chunk_timeout_s = chunk_timeout_s
         self._health = FewWatches()
         self._server: grpc.aio.Server | None = None
+        self._unsaved: set[int] = set()
+        """Layers that were committed to since anybody fetched them."""
+        self._fetched = asyncio.Event()
+        self._left_s: float | None = None
         self._stack = AsyncExitStack()
         self.address = ""
         """`host:port` once started."""
@@ -206,10 +213,35 @@ class ExpertServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return self.address
 
+    async def leave(self, *, grace_s: float = 5.0) -> None:
+        """Say NOT_SERVING, but serve on while what was learned here is not saved and somebody may be about to:
+        `LINGER_S` after the last Fetch, `grace_s` in all."""
+        await self._health.enter_graceful_shutdown()
+        self._left_s = asyncio.get_running_loop().time()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self._unsaved:
+                    await self._next_fetch()
+
+    async def _next_fetch(self) -> None:
+        """TimeoutError when none comes, and none runs."""
+        self._fetched.clear()
+        while True:
+            try:
+                async with asyncio.timeout(LINGER_S):
+                    await self._fetched.wait()
+                return
+            except TimeoutError:
+                if not self._fetches.taken:
+                    raise
+
     async def stop(self, *, grace_s: float = 5.0) -> None:
-        """Say NOT_SERVING, take no more calls, finish those that run within `grace_s`, end the threads."""
+        """Say NOT_SERVING, take no more calls, finish those that run within `grace_s` of that, or of `leave` if it was
+        called before; end the threads."""
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
+            if self._left_s is not None:
+                grace_s = max(0.0, self._left_s + grace_s - asyncio.get_running_loop().time())
             await self._server.stop(grace_s)
             self._server = None
         await self.sharing.close()
@@ -304,7 +336,9 @@ class ExpertServer:
 
     async def _commit(self, raw: bytes, _context: Context) -> bytes:
         call = codec.decode_commit_call(raw)
-        return codec.encode_commit_answer(await self.sharing.commit(call))
+        answer = await self.sharing.commit(call)
+        self._unsaved |= self._layers
+        return codec.encode_commit_answer(answer)
 
     async def _info(self, _raw: bytes, _context: Context) -> bytes:
         return (await self._device.run(self._describe)).SerializeToString()
@@ -313,6 +347,8 @@ class ExpertServer:
         with self._fetches.one():
             layer, indices = codec.decode_fetch_call(raw, self._limits)
             state = await self._device.run(self._host.fetch, layer, indices)
+            self._unsaved.discard(layer)
+            self._fetched.set()
             data, digest = await asyncio.to_thread(_pack, state, self._run.name, self._host)
             del state
             await self._send_file(data, digest, context)

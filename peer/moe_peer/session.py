@@ -6,12 +6,15 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moe_net.checkpoint_folder import checkpoints_of
 from moe_net.client import Membership
@@ -28,6 +31,7 @@ from moe_peer.config import TrainConfig
 from moe_peer.display import TrainDisplay
 from moe_peer.metrics import EvalMetrics, Event, MetricsLog, Record, StepMetrics, load_evenness, to_line
 from moe_peer.report import write_report
+from moe_peer.stopping import FETCH_S, Stop, Waits
 from moe_peer.text import Text, evaluation
 from moe_peer.trainer import StepResult, Trainer
 
@@ -48,7 +52,9 @@ class Session:
     trainer: Trainer
     metrics: MetricsLog
     display: TrainDisplay
-    asked_to_stop: Callable[[], bool]
+    stop: Stop
+    waits: Waits
+    """What a stop ends: the trainer's, and our own."""
     faults: list[FaultEvent]
     """What the swarm reported and `note_faults` has not noted yet."""
     records: list[Record]
@@ -72,7 +78,7 @@ class Session:
             self.note(Event.of(fault, step=self.trainer.step if step is None else step, at_s=time.time()))
 
     def evaluate(self) -> EvalMetrics:
-        """Held-out loss in nats per byte, on the same windows every time."""
+        """Held-out loss in nats per byte, on the same windows every time. CancelledError when asked to stop."""
         batches = list(evaluation(self.text.held_out, self.run, self.config))
         nats, _ = self._with_experts(lambda: self.trainer.evaluate(batches))
         n_bytes = sum(self.text.tokenizer.bytes_of(row[1:]) for batch in batches for row in batch)
@@ -85,7 +91,7 @@ class Session:
         self.member.link.swarm.stats.staleness_max = 0
         self.member.link.swarm.outlook.longest_deadline_s = 0.0
         started_s, before = time.monotonic(), self._spent()
-        result = self._with_experts(self.trainer.train_step)
+        result = self._with_experts(self._train_step)
         metrics = self._measure(result, time.monotonic() - started_s, before)
         self.note(metrics)
         stale = stale_gradient(metrics, self.config.max_staleness)
@@ -93,17 +99,22 @@ class Session:
             self.faults.append(stale)
         self.note_faults(metrics.step)
         self.drops = self.drops.after(metrics.routed_pairs, metrics.unanswered_pairs)
-        if self.drops.exceeded:
+        if self.drops.exceeded and not self.stop.asked:
             raise TooManyDropsError(
                 f"{self.drops.fraction:.0%} of the (token, expert) pairs of the last {self.drops.length} steps got no "
                 f"answer in forward or backward (max_dropped_fraction={self.drops.max_fraction:.0%}); "
                 f"{metrics.live_experts} of {metrics.total_experts} experts are live"
             )
 
+    def _train_step(self) -> StepResult:
+        with self.stop.at_a_step():
+            return self.trainer.train_step()
+
     def _with_experts(self, work: Callable[[], ResultT]) -> ResultT:
         """`work`, once every layer has experts enough; waits `wait_s` for them, for peers come back, or others come.
 
-        NoLiveExpertsError after that, or when asked to stop. `work` may raise it too, having changed nothing.
+        NoLiveExpertsError after that; `work` may raise it too, having changed nothing. CancelledError when asked to
+        stop.
         """
         deadline_s = time.monotonic() + self.config.wait_s
         waiting = False
@@ -112,13 +123,13 @@ class Session:
                 self._require_experts()
                 return work()
             except NoLiveExpertsError as error:
-                if self.asked_to_stop() or time.monotonic() > deadline_s:
+                if time.monotonic() > deadline_s:
                     raise
                 if not waiting:
                     self.faults.append(FaultEvent(what="no_live_experts", action="waiting", detail=str(error)))
                 waiting = True
                 self.note_faults()
-                self.member.link.runner.run(asyncio.sleep(POLL_S))
+                self.waits.run(asyncio.sleep(POLL_S))
 
     def _require_experts(self) -> None:
         model = self.run.model
@@ -185,10 +196,23 @@ class Session:
         )
 
     def checkpoint(self) -> Path:
-        """Save everything; experts that nobody answers for are carried over from the checkpoint before."""
-        experts = self.member.link.runner.run(
-            self.member.link.swarm.fetch_experts(self.run.model.expert_ids, timeout_s=self.config.fetch_timeout_s)
+        """Save everything; experts that nobody answers for are carried over from the checkpoint before.
+
+        CancelledError, with nothing saved, when asked to stop before they are here.
+        """
+        fetching = self.member.link.swarm.fetch_experts(
+            self.run.model.expert_ids, timeout_s=self.config.fetch_timeout_s
         )
+        return self._save(self.waits.run(fetching))
+
+    def _checkpoint_at_stop(self) -> None:
+        """As `checkpoint`, of the experts that come at once: also from peers that are suspended, and perhaps stopping
+        as we are."""
+        print(f"stopping: saving step {self.trainer.step}, its experts within {FETCH_S:.0f} s", file=sys.stderr)
+        fetching = self.member.link.swarm.fetch_experts(self.run.model.expert_ids, timeout_s=FETCH_S, suspended=True)
+        self._save(self.member.link.runner.run(fetching))
+
+    def _save(self, experts: dict[str, Tensor]) -> Path:
         experts, faults = completed(experts, self.run, self.last_checkpoint)
         self.faults += faults
         meta = checkpoint_meta(self.config, self.text, self.trainer)
@@ -203,13 +227,27 @@ class Session:
         try:
             self.checkpoint()
         except CheckpointError as error:
-            self.faults.append(FaultEvent(what="checkpoint_failed", action="going_on", detail=str(error)))
-            self.note_faults()
+            self._note_not_saved(error)
+
+    def _note_not_saved(self, error: CheckpointError) -> None:
+        self.faults.append(FaultEvent(what="checkpoint_failed", action="going_on", detail=str(error)))
+        self.note_faults()
+
+    def save_at_the_end(self) -> None:
+        """The last checkpoint, if there is anything new, whether or not we are asked to stop, or are meanwhile."""
+        with suppress(CancelledError):
+            if not self.stop.asked:
+                self.checkpoint()
+        if self.trainer.step > self.saved_step:
+            self._checkpoint_at_stop()
 
     def keep(self) -> None:
         """At an end before its time: what was learned since the last checkpoint, and the report."""
         if self.trainer.step > self.saved_step:
-            self.checkpoint_on_the_way()
+            try:
+                self.save_at_the_end()
+            except CheckpointError as error:
+                self._note_not_saved(error)
             self.report()
 
     def report(self) -> None:
@@ -220,7 +258,7 @@ class Session:
         print(report.summary, file=sys.stderr)
 
     def sample(self) -> str:
-        """The model's own writing, from a fixed beginning and a fixed seed."""
+        """The model's own writing, from a fixed beginning and a fixed seed. CancelledError when asked to stop."""
         prompt = torch.from_numpy(self.text.tokenizer.encode("def ").astype(np.int64))[None]
         tokens_BS = generate(
             self.trainer.model,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
+import sys
 import time
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from moe_net.checkpoint_folder import checkpoints_of
 from moe_net.client import Membership, join_run
@@ -22,43 +21,22 @@ from moe_net.wire.allocator import tune_allocator
 from moe_peer.checkpoint import saved_versions, set_aside_later
 from moe_peer.config import TrainConfig
 from moe_peer.display import TrainDisplay
-from moe_peer.metrics import MetricsLog
+from moe_peer.metrics import EvalMetrics, MetricsLog
 from moe_peer.resume import compare_experts, live_versions, resume_trunk
 from moe_peer.session import Session, checkpoint_meta, say
+from moe_peer.stopping import Stop, Waits
 from moe_peer.text import Text, load_text
+from moe_peer.threads import use_threads
 from moe_peer.trainer import Trainer, build_model
 
 
-class _Stop:
-    """SIGINT and SIGTERM: finish the step at hand; a second one, or one outside the steps, interrupts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.in_steps = False
-
-    def __call__(self, number: int, frame: object) -> None:
-        if self.asked or not self.in_steps:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    @contextmanager
-    def installed(self) -> Generator[_Stop]:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self) for number in numbers]
-        try:
-            yield self
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
-
-
 def run_train(config: TrainConfig) -> int:
-    """Train until `config.steps` steps are made, or until asked to stop; exit code."""
+    """Train until `config.steps` steps are made, or until asked to stop; exit code, which is 130 after a SIGINT before
+    the steps, or a second one."""
     tune_allocator()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     faults: list[FaultEvent] = []
-    with _Stop().installed() as stop, ExitStack() as stack:
+    with Stop().installed() as stop, ExitStack() as stack:
         try:
             stack.enter_context(alone_in(config.out))
             member = stack.enter_context(
@@ -68,10 +46,12 @@ def run_train(config: TrainConfig) -> int:
                 )
             )  # fmt: skip
             session = _open(config, member, stack, stop, faults)
-            say(json.dumps({"event": "ready", "role": "trainer", "run": member.run.name, "step": session.trainer.step}))
-            _train(session, stop)
+            with stop.ends(session.waits):
+                ready = {"event": "ready", "role": "trainer", "run": member.run.name, "step": session.trainer.step}
+                say(json.dumps(ready))
+                _train(session)
         except KeyboardInterrupt:
-            return 130
+            return stop.exit_code
     return 0
 
 
@@ -83,7 +63,7 @@ def _policy(config: TrainConfig) -> CallPolicy:
     )  # fmt: skip
 
 
-def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop, faults: list[FaultEvent]) -> Session:
+def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: Stop, faults: list[FaultEvent]) -> Session:
     run = member.run
     step_tokens = config.sequences * run.model.seq_len
     if step_tokens > run.global_batch_tokens:
@@ -104,8 +84,10 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop
         seed=run.seed,
     )
     first = config.cuts[0]
+    waits = Waits(member.link.runner)
+    link = replace(member.link, runner=waits)
     trainer = Trainer(
-        run=run, model=build_model(run, member.link), link=member.link, batches=batches, index=config.trainer_index,
+        run=run, model=build_model(run, link), link=link, batches=batches, index=config.trainer_index,
         n_micro=first.micro_batches, in_flight=first.in_flight, choices=config.cuts,
     )  # fmt: skip
     stack.enter_context(trainer)
@@ -121,7 +103,7 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: _Stop
     )
     return Session(
         config=config, run=run, text=text, member=member, trainer=trainer, metrics=metrics, display=display,
-        asked_to_stop=lambda: stop.asked, faults=faults, records=list(metrics.kept),
+        stop=stop, waits=waits, faults=faults, records=list(metrics.kept),
         drops=DropWindow(max_fraction=config.max_dropped_fraction, length=config.drop_window_steps),
         last_checkpoint=resumed, saved_step=trainer.step,
     )  # fmt: skip
@@ -139,39 +121,52 @@ def _resume(
     return path
 
 
-def _train(session: Session, stop: _Stop) -> None:
-    config, trainer = session.config, session.trainer
+def _train(session: Session) -> None:
+    config, trainer, stop = session.config, session.trainer, session.stop
     started_s, first_step = time.monotonic(), trainer.step
-    stop.in_steps = True
+    final: EvalMetrics | None = None
+    sample: str | None = None
     try:
-        if trainer.step == 0:
-            session.evaluate()
-        while trainer.step < config.steps and not stop.asked:
-            session.step()
-            if trainer.step % config.eval_every == 0 and trainer.step < config.steps:
-                session.evaluate()
-            if config.checkpoint_every and trainer.step % config.checkpoint_every == 0 and trainer.step < config.steps:
-                session.checkpoint_on_the_way()
+        with suppress(CancelledError):  # asked to stop
+            final = _make_steps(session)
         train_s = time.monotonic() - started_s
-        final = session.evaluate()
-        checkpoint = session.checkpoint()
+        session.save_at_the_end()
     except (NoLiveExpertsError, TooManyDropsError):  # the trunk is here, and has learned
         session.note_faults()
         session.keep()
         raise
     finally:
         session.note_faults()  # above all when they end the training
-    stop.in_steps = False
-    sample = session.sample()
     session.report()
+    with suppress(CancelledError):
+        if not stop.asked:
+            sample = session.sample()
     tokens = (trainer.step - first_step) * config.sequences * session.run.model.seq_len
     done = {
         "event": "done",
         "steps": trainer.step,
-        "val_nats_per_byte": final.val_nats_per_byte,
+        "val_nats_per_byte": final and final.val_nats_per_byte,
         "bigram_nats_per_byte": session.text.bigram_nats_per_byte,
         "tokens_per_s": tokens / train_s if train_s > 0 else 0.0,
-        "checkpoint": str(checkpoint),
+        "checkpoint": session.last_checkpoint and str(session.last_checkpoint),
         "sample": sample,
     }
-    say(json.dumps(done))
+    say(json.dumps({key: value for key, value in done.items() if value is not None}))
+    if stop.asked:
+        print(f"stopping: step {trainer.step} is in {session.last_checkpoint}; leaving the run", file=sys.stderr)
+
+
+def _make_steps(session: Session) -> EvalMetrics | None:
+    """Those that are left, and the evaluation after them; without that when asked to stop."""
+    config, trainer = session.config, session.trainer
+    if trainer.step == 0:
+        session.evaluate()
+    while trainer.step < config.steps:
+        session.step()
+        if session.stop.asked:
+            return None
+        if trainer.step % config.eval_every == 0 and trainer.step < config.steps:
+            session.evaluate()
+        if config.checkpoint_every and trainer.step % config.checkpoint_every == 0 and trainer.step < config.steps:
+            session.checkpoint_on_the_way()
+    return session.evaluate()

@@ -9,9 +9,11 @@ is cut into micro-batches or dealt out to trainers.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from concurrent.futures import CancelledError
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -123,7 +125,8 @@ class Trainer:
         """Make step `self.step`: forward and backward of its micro-batches, trunk update, commit to the peers.
 
         NoLiveExpertsError, with nothing changed, when a layer has none; once gradients are with the peers, the step is
-        made of the micro-batches that are whole.
+        made of the micro-batches that are whole. CancelledError, with nothing changed here, when the link's runner ends
+        the waiting; what peers have summed up for the step is never committed.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -148,8 +151,12 @@ class Trainer:
         wait_s = waits.idle_s - idle_s
         if self._tuning is not None:
             self._tune(self._tuning, time.perf_counter() - started_s - wait_s)
+        # Before anything changes: a step that is given up (see `Waits`) is given up here at the latest.
+        self._link.runner.run(asyncio.sleep(0))
         grad_norm = self._update_trunk(tokens)
-        self._link.runner.run(self._link.swarm.commit(self.step, tokens))
+        # From here on the step is made, also when we are asked to stop and wait for nobody's answer.
+        with suppress(CancelledError):
+            self._link.runner.run(self._link.swarm.commit(self.step, tokens))
         for moe, load_E in zip(self._moe, load_LE, strict=True):
             moe.router.update_balance_bias(load_E, self._link.swarm.live(moe.layer, moe.n_experts))
         self.step += 1

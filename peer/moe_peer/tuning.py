@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from moe_net.machine import available_memory_bytes
 from moe_peer.cut import Cut, choose_in_flight, measured
-from moe_peer.memory import free_memory_bytes, noting_saved
+from moe_peer.memory import noting_saved
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Tuning:
     def choose(self, sequences: int, *, trips: int) -> Cut:
         """For steps of so many sequences; `trips`: waits of a micro-batch."""
         seen = measured(self._compute_s, self._waits_s, trips=trips)
-        room = free_memory_bytes() / 2 / max(1.0, self._sequence_bytes)
+        room = available_memory_bytes() / 2 / max(1.0, self._sequence_bytes)
         cut = choose_in_flight(self._choices, seen, sequences=sequences, max_sequences=room)
         log.info(
             "%d micro-batches, %d in flight: a step computes %.3f s, a micro-batch waits %.3f s for the network",

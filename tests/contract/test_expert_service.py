@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -49,6 +50,7 @@ from moe_net.types import Encoding
 from moe_net.wire.messages import CommitCall, ForwardAnswer, ForwardCall
 from moe_net.wire.snapshot import unpack
 from moe_net.wire.validate import Limits
+from moe_peer import server as server_module
 from moe_peer.server import SERVICE, ExpertServer
 
 
@@ -234,6 +236,55 @@ async def test_a_stop_finishes_what_runs_and_takes_no_more() -> None:
         await stopping
         code, _ = await refused(client.stub.Info(expert_pb2.InfoRequest(), timeout=10))
         assert code is grpc.StatusCode.UNAVAILABLE
+
+
+async def learn(client: Client) -> None:
+    """A step of both layers' experts."""
+    call = forward_call()
+    await client.transport.forward(client.peer, call, timeout_s=10)
+    await client.transport.backward(client.peer, backward_call(call), timeout_s=10)
+    await client.transport.commit(client.peer, CommitCall(trainer="t", step=0, tokens=100), timeout_s=10)
+
+
+async def test_one_that_leaves_waits_for_the_trainer_that_saves_what_it_has_learned() -> None:
+    async with serving() as (server, client), asyncio.timeout(60):
+        health: Any = health_pb2_grpc.HealthStub(client.channel)
+        await learn(client)
+        leaving = asyncio.create_task(server.leave(grace_s=60))
+        while (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING:
+            pass
+        for layer in (0, 1):
+            assert not leaving.done()
+            await client.transport.fetch(client.peer, layer, (), timeout_s=10)
+        began_s = time.monotonic()
+        await leaving
+        assert time.monotonic() - began_s < server_module.LINGER_S
+
+
+async def test_one_that_leaves_waits_no_longer_than_it_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "LINGER_S", 60.0)
+    async with serving() as (server, client), asyncio.timeout(30):
+        await server.leave(grace_s=60)  # nothing was learned
+        await learn(client)
+        await server.leave(grace_s=0.1)
+    monkeypatch.setattr(server_module, "LINGER_S", 0.1)
+    async with serving() as (server, client), asyncio.timeout(30):
+        await learn(client)
+        await server.leave(grace_s=60)
+
+
+async def test_the_grace_of_what_runs_begins_with_the_leaving() -> None:
+    host = Gated()
+    async with serving(host) as (server, client):
+        running = client.stub.Forward(stock_forward(forward_call()), timeout=60)
+        await begun(host)
+        await server.leave(grace_s=0.5)
+        await asyncio.sleep(0.5)
+        stopping = asyncio.create_task(server.stop(grace_s=0.5))
+        async with asyncio.timeout(0.4):
+            await refused(running)
+        host.gate.set()
+        await stopping
 
 
 async def test_health_and_reflection_answer() -> None:

@@ -20,11 +20,11 @@ COMMANDS = {
 INTERRUPTED = """
 import os, signal, sys
 from importlib import import_module
-at, module, sys.argv = sys.argv[1], sys.argv[2], sys.argv[2:]
+at, number, module, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[3:]
 def interrupt(event, details):
     if event == "import" and details[0] == at:
         try:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             for _ in range(1000):  # the handler runs between two of these
                 pass
         except KeyboardInterrupt:
@@ -47,9 +47,22 @@ def test_the_way_in_imports_nothing_before_it_can_catch_ctrl_c(command: str) -> 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("module", ["moe_net.entry", "tyro", "moe_net.errors", "torch"])
 def test_ctrl_c_while_a_command_is_being_loaded_ends_it_without_a_word(command: str, module: str) -> None:
-    argv = [sys.executable, "-c", INTERRUPTED, module, command, *COMMANDS[command]]
+    assert interrupted(command, module, signal.SIGINT) == (130, "", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_one_that_is_asked_to_stop_while_it_is_being_loaded_has_stopped_as_it_should(
+    command: str, number: signal.Signals
+) -> None:
+    assert interrupted(command, "torch", number) == (0, "", "")
+
+
+def interrupted(command: str, module: str, number: signal.Signals) -> tuple[int, str, str]:
+    """Exit code, stderr and stdout of a command that gets a signal as it begins to import `module`."""
+    argv = [sys.executable, "-c", INTERRUPTED, module, str(int(number)), command, *COMMANDS[command]]
     ended = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
-    assert (ended.returncode, ended.stderr, ended.stdout) == (130, "", "")
+    return ended.returncode, ended.stderr, ended.stdout
 
 
 async def test_the_first_signal_cancels_the_work_and_the_second_lets_it_clear_up() -> None:
@@ -67,6 +80,18 @@ async def test_the_first_signal_cancels_the_work_and_the_second_lets_it_clear_up
     async with asyncio.timeout(10):
         await until_signalled(work())
     assert steps == ["cleared up"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_the_handlers_of_before_are_back_when_the_work_is_over(number: signal.Signals) -> None:
+    def mine(number: int, frame: object) -> None: ...
+
+    before = signal.signal(number, mine)
+    try:
+        await until_signalled(asyncio.sleep(0))
+        assert signal.getsignal(number) is mine
+    finally:
+        signal.signal(number, before)
 
 
 async def test_an_error_of_the_work_is_raised() -> None:

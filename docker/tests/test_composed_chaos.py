@@ -83,6 +83,9 @@ def test_training_survives_what_is_done_to_its_containers(
         # Each expert has another host: that all are live does not say that these peers are back.
         for peer in ("peer-0", "peer-1", "peer-2"):
             check_used(swarm, peer)
+        # Connections outlive twenty seconds; who makes a new one asks for the name.
+        networks = swarm.containers("peer-2")[0]["NetworkSettings"]["Networks"].values()
+        assert all("peer-2" in network["Aliases"] for network in networks)
 
 
 def test_the_schedule_of_five_minutes_is_as_hard_as_it_says() -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import dht_member
 import msgpack
 import psutil
 import pytest
@@ -391,58 +388,6 @@ async def test_who_lost_everybody_does_not_take_its_own_store_for_the_directory(
             await other.peers()
         with pytest.raises(DiscoveryError, match="no other member"):
             await other.peers()
-
-
-async def test_a_member_that_lives_again_is_the_same_one_and_greets_those_it_knew(
-    dht: DhtSwarm, tmp_path: Path
-) -> None:
-    async def begin(listen: str, known: tuple[str, ...]) -> DhtDiscovery:
-        return await DhtDiscovery.create(run=RUN, listen=listen, identity=tmp_path / "key", known=known)
-
-    first, identity = await begin("/ip4/127.0.0.1/tcp/0", ()), Identity.generate()
-    # It never looks for anybody by itself.
-    other = await DhtDiscovery.create(run=RUN, join=first.addresses, greet_every_s=math.inf)
-    await dht.stack.enter_async_context(other)
-    await announce(other, identity)
-    assert await first.greet_lost() is False  # nobody is lost
-    await first.close()
-    listen = first.addresses[0].partition("/p2p/")[0]
-    async with await begin(listen, first.known_members) as again:
-        assert again.addresses == first.addresses
-        assert [peer.peer_id for peer in await again.peers()] == [identity.peer_id]
-    await other.close()
-    # Those who are gone, and a file that somebody has damaged, are no obstacle.
-    async with await begin(listen, (*again.known_members, "\ufffd", "/ip4/127.0.0.1/tcp/1/p2p/A")) as alone:
-        assert await alone.peers() == ()
-
-
-async def test_members_of_other_machines_are_told_what_is_advertised_and_never_loopback(dht: DhtSwarm) -> None:
-    for advertise, announced in (("192.0.2.7", "/ip4/192.0.2.7/tcp/"), ("home.example:7", "/dns/home.example/tcp/")):
-        async with await DhtDiscovery.create(run=RUN, listen="/ip4/0.0.0.0/tcp/0", advertise=advertise) as member:
-            assert [address.startswith(announced) for address in member.addresses] == [True]
-    exact = "/dns4/home.example/tcp/7"
-    async with await DhtDiscovery.create(
-        run=RUN, listen="/ip4/0.0.0.0/tcp/0", advertise="192.0.2.7", announce=exact
-    ) as member:
-        assert [address.rpartition("/p2p/")[0] for address in member.addresses] == [exact]
-
-
-async def test_a_daemon_ends_with_its_process_and_the_port_is_free_at_once(dht: DhtSwarm) -> None:
-    join = (await dht.join()).addresses
-    # Who is killed cannot clear up: its sockets go with this folder.
-    with tempfile.TemporaryDirectory(prefix="m-") as folder:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, dht_member.__file__, RUN, "127.0.0.1:1", "30", "/ip4/127.0.0.1/tcp/0", *join,
-            stdout=asyncio.subprocess.PIPE, env={**os.environ, "TMPDIR": folder},
-        )  # fmt: skip
-        assert process.stdout is not None
-        (address,) = json.loads(await process.stdout.readline())["dht"]
-        daemons = psutil.Process(process.pid).children(recursive=True)
-        assert daemons
-        process.kill()
-        await process.communicate()
-        async with await DhtDiscovery.create(run=RUN, join=join, listen=address.partition("/p2p/")[0]):
-            assert not any(daemon.is_running() and daemon.status() != psutil.STATUS_ZOMBIE for daemon in daemons)
 
 
 async def test_junk_in_a_shard_is_skipped_and_named_once(dht: DhtSwarm, caplog: pytest.LogCaptureFixture) -> None:

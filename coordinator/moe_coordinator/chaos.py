@@ -131,8 +131,10 @@ class Chaos:
 
     def _tell_recoveries(self) -> None:
         for number, event in enumerate(self.happened):
+            if number in self._recovered:
+                continue
             took_s = recovery_s(event, self.happened, self.steps)
-            if took_s is not None and number not in self._recovered:
+            if took_s is not None:
                 self._recovered.add(number)
                 what = f"{event.fault.what} of {event.fault.target}"
                 self._tell(f"all {self.steps[-1].total_experts} experts are live, {took_s:.1f} s after {what} ended")

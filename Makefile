@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-compose check protos bench clean
+.PHONY: demo test test-compose compose-chaos check protos bench clean
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,11 @@ test: $(STAMP)
 test-compose: $(STAMP)
 	docker/tests/install-engine
 	$(BIN)/python -m pytest docker/tests
+
+# Five minutes of docker/chaos.toml for a swarm in containers; fails when training does not take it.
+compose-chaos: $(STAMP)
+	docker/tests/install-engine
+	$(BIN)/python docker/tests/support/composed_chaos.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import sys
 
 import tyro
 
-from moe_coordinator.config import LocalOptions, ServeOptions
+from moe_coordinator.config import ChaosOptions, LocalOptions, ProxyOptions, ServeOptions
 from moe_net.config import RunConfig, load_toml
 from moe_net.errors import MoeNetError
 
@@ -16,15 +16,23 @@ def run_command() -> int:
     the signal that stopped a local swarm."""
     try:
         options = tyro.extras.subcommand_cli_from_dict(
-            {"serve": ServeOptions, "local": LocalOptions},
+            {"serve": ServeOptions, "local": LocalOptions, "proxy": ProxyOptions, "chaos": ChaosOptions},
             prog="moe-coordinator",
-            description="First contact for a run, and a whole swarm as local processes.",
+            description="First contact for a run; a whole swarm as local processes; what goes wrong, on demand.",
         )
         # The commands are imported here, so that --help starts neither grpc nor an event loop.
         if isinstance(options, LocalOptions):
             from moe_coordinator import local
 
             return local.main(options)
+        if isinstance(options, ProxyOptions):
+            from moe_coordinator import proxy_command
+
+            return proxy_command.main(options)
+        if isinstance(options, ChaosOptions):
+            from moe_coordinator import chaos
+
+            return chaos.main(options)
         # hivemind and its torch take seconds: a wrong manifest is reported before.
         run = load_toml(RunConfig, options.config)
         from moe_coordinator import serve

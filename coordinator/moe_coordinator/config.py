@@ -63,6 +63,61 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyOptions:
+    """Be a bad network in front of one server: delay, bandwidth, cuts, silence and damage, changed by lines on stdin.
+
+    A line is a JSON object of `up` and `down` (what that direction does: delay_s, jitter_s, tail_probability, tail_s,
+    bandwidth_mib_s, corrupt_per_mib, silent; what is left out is as on a perfect line) and `cut` (true or false). It is
+    answered by an event `changed` or `refused` on stdout.
+    """
+
+    listen: str
+    """host:port that clients connect to; port 0 takes a free one."""
+    target: str
+    """host:port of the server; a name is resolved anew for each connection."""
+    faults: Path | None = None
+    """TOML file whose [network] says how it begins, like examples/faults.toml; its [[fault]] tables are not for the
+    proxy, but for who drives it."""
+    name: str = "peer-0"
+    """Of the server: with the file's seed it decides which jitter, tails and damage are drawn."""
+
+    def __post_init__(self) -> None:
+        check_listen(self.listen)
+        host, _, port = self.target.rpartition(":")
+        if not host or not port.isdecimal() or not 1 <= int(port) <= MAX_PORT:
+            raise ValueError(f"target={self.target!r} is not host:port")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChaosOptions:
+    """Do to a swarm in containers what a file says, and see whether its training takes it.
+
+    The swarm is a Compose project that runs, like docker/compose.yaml with docker/compose.chaos.yaml. Says each fault
+    as it begins and ends, and how long the experts took to be back; exit code 1 when they took too long, the trainer
+    ended, or the loss did not fall.
+    """
+
+    project: str
+    """The Compose project's name."""
+    faults: Path
+    """TOML file of what goes wrong and when, like docker/chaos.toml; a target is the name of a service."""
+    metrics: Path
+    """The trainer's metrics.jsonl."""
+    trainer: str = "trainer"
+    """The trainer's service."""
+    for_s: float = 300.0
+    """How long, from the trainer's first step on."""
+    recovery_limit_s: float = 30.0
+    """How long after the end of a fault all experts may take to be live again."""
+    ready_timeout_s: float = 180.0
+    """How long the trainer may take to its first step."""
+
+    def __post_init__(self) -> None:
+        if not all(0 < wait_s < math.inf for wait_s in (self.for_s, self.recovery_limit_s, self.ready_timeout_s)):
+            raise ValueError("for_s, recovery_limit_s and ready_timeout_s must be positive numbers of seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LocalOptions:
     """Run a whole swarm as processes of this machine: a coordinator, peers, trainers."""
 
@@ -152,6 +207,12 @@ def fault_plan(options: LocalOptions, *, steps: int) -> FaultPlan:
     plan = FaultPlan() if options.faults is None else load_toml(FaultPlan, options.faults)
     try:
         plan.check(peers=options.peers, trainers=options.trainers, steps=steps)
+        for number, fault in enumerate(plan.fault):
+            if fault.what == "disconnect":
+                raise ValueError(
+                    f"fault.{number}: disconnect takes a member's whole network away, and processes of one machine "
+                    "share theirs; it is for docker/compose.chaos.yaml"
+                )
     except ValueError as error:
         raise ValueError(f"{options.faults}: {error}") from None
     if kill_at is None:

@@ -9,8 +9,10 @@ from typing import Literal
 from moe_coordinator.shaping import Conditions
 
 What = Literal[
-    "kill", "term", "stop", "restart", "delay", "bandwidth", "cut", "blackhole", "half_open", "corrupt"
+    "kill", "term", "stop", "restart", "disconnect", "delay", "bandwidth", "cut", "blackhole", "half_open", "corrupt"
 ]  # fmt: skip
+# Those that a proxy in front of a peer carries out.
+_OF_A_PROXY: tuple[What, ...] = ("delay", "bandwidth", "cut", "blackhole", "half_open", "corrupt")
 # What each kind needs, and what it may have besides; `target`, `what` and the time belong to all.
 _NEEDS: dict[What, tuple[str, ...]] = {
     "bandwidth": ("mib_s",),
@@ -35,9 +37,9 @@ class Fault:
     target: str
     """Whom it befalls: `peer-2`, `coordinator` or `trainer-0`."""
     what: What
-    """kill (SIGKILL), term (SIGTERM), stop (SIGSTOP), restart (SIGKILL, then a fresh process), or on the way to a peer:
-    delay, bandwidth, cut (connections reset, new ones refused), blackhole (connections stay, nothing passes),
-    half_open (a blackhole in one direction), corrupt (bytes changed)."""
+    """kill (SIGKILL), term (SIGTERM), stop (SIGSTOP), restart (SIGKILL, then a fresh process), disconnect (the whole
+    network of a container), or on the way to a peer: delay, bandwidth, cut (connections reset, new ones refused),
+    blackhole (connections stay, nothing passes), half_open (a blackhole in one direction), corrupt (bytes changed)."""
     at_step: int | None = None
     """When the first trainer has made this step."""
     at_s: float | None = None
@@ -82,15 +84,15 @@ class Fault:
             raise ValueError("tail_s and tail_probability go together")
         if self.on_network and not self.target.startswith("peer-"):
             raise ValueError(f"{self.what} needs a proxy, and only peers have one: {self.target} is none")
-        if self.what == "restart" and not self.target.startswith("peer-"):
-            raise ValueError(f"only peers are restarted: {self.target} is none")
+        if self.what == "restart" and self.target.startswith("trainer-"):
+            raise ValueError(f"only peers and the coordinator are restarted: {self.target} would begin from nothing")
         if self.on_network:
             worsen((Conditions(), Conditions()), self)  # what cannot be is found now
 
     @property
     def on_network(self) -> bool:
         """It befalls the way to the target, and not its process."""
-        return self.what not in ("kill", "term", "stop", "restart")
+        return self.what in _OF_A_PROXY
 
     @property
     def lasts_s(self) -> float | None:
@@ -163,6 +165,11 @@ class FaultPlan:
         return both
 
 
+def is_cut(peer: str, active: Iterable[Fault]) -> bool:
+    """Whether the way to this peer is cut while these faults last: one cut may end before another does."""
+    return any(fault.what == "cut" and fault.target == peer for fault in active)
+
+
 def worsen(both: tuple[Conditions, Conditions], fault: Fault) -> tuple[Conditions, Conditions]:
     """The conditions (up, down) with this fault on top: delays and damage add up, the least bandwidth counts."""
 
@@ -200,6 +207,52 @@ class Action:
     """Which fault it is about."""
     phase: Literal["began", "ended"]
     """Whether it begins or ends."""
+
+
+def describe(action: Action, *, hosts: str = "") -> str:
+    """What happens, for people: `killed peer-2 (SIGKILL), which hosts *.2`."""
+    fault, began = action.fault, action.phase == "began"
+    lost = f", which hosts {hosts}" if hosts else ""
+    match fault.what:
+        case "kill":
+            return f"killed {fault.target} (SIGKILL){lost}"
+        case "term":
+            return f"asked {fault.target} to leave (SIGTERM){lost}"
+        case "stop":
+            return f"suspended {fault.target} (SIGSTOP){_for(fault)}" if began else f"woke {fault.target} (SIGCONT)"
+        case "restart":
+            return f"killed {fault.target} (SIGKILL){lost}" if began else f"starting {fault.target} anew"
+        case "disconnect":
+            return f"disconnected {fault.target}{_for(fault)}" if began else f"connected {fault.target} again"
+        case _:
+            return f"{_network(fault)}{_for(fault)}" if began else f"{fault.what} of {fault.target} is over"
+
+
+def _network(fault: Fault) -> str:
+    match fault.what:
+        case "delay":
+            parts = {
+                "round_trip_s": fault.round_trip_s,
+                "jitter_s": fault.jitter_s,
+                "tail_probability": fault.tail_probability,
+                "tail_s": fault.tail_s,
+            }
+            text = ", ".join(f"{name} {value:g}" for name, value in parts.items() if value is not None)
+            return f"delayed {fault.target} ({text})"
+        case "bandwidth":
+            return f"limited {fault.target} to {fault.mib_s:g} MiB/s"
+        case "cut":
+            return f"cut {fault.target} off"
+        case "half_open":
+            return f"silenced the way {'to' if fault.direction == 'up' else 'from'} {fault.target}"
+        case "corrupt":
+            return f"damaging {fault.per_mib:g} bytes per MiB of {fault.target}"
+        case _:
+            return f"blackhole in front of {fault.target}"
+
+
+def _for(fault: Fault) -> str:
+    return "" if fault.duration_s is None else f" for {fault.duration_s:g} s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

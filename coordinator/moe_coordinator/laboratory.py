@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from moe_coordinator.faults import Action, Fault, FaultPlan, advance, timetable
+from moe_coordinator.faults import Action, FaultPlan, advance, describe, is_cut, timetable
 from moe_coordinator.proxy import Proxy
-from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Supervisor
+from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supervisor
 
 FAULTS_FILE = "faults.jsonl"
 
@@ -151,8 +151,7 @@ class Laboratory:
             case "cut" if began:
                 self.proxies[fault.target].cut(math.inf)
             case "cut":
-                # Another cut of the same peer may last longer.
-                if not any(other.what == "cut" and other.target == fault.target for other in self._state.active):
+                if not is_cut(fault.target, self._state.active):
                     self.proxies[fault.target].end_cut()
             case _:
                 proxy = self.proxies[fault.target]
@@ -166,18 +165,23 @@ class Laboratory:
         await old.wait()  # it may have to give its port back
         self._restarts[name] = self._restarts.get(name, 0) + 1
         spec = replace(self._specs[name], log_suffix=f".{self._restarts[name]}")
-        others = [other for other in self.members.values() if other.running and other.name != name]
-        ways = [str(other.last["ready"]["dht"][0]) for other in others if other.last.get("ready", {}).get("dht")]
-        if ways and not self.members["coordinator"].running:
-            # Any member is a way in. Asked as well, the dead coordinator would cost the whole --join-timeout-s.
-            at = spec.argv.index("--join")
-            spec = replace(spec, argv=(*spec.argv[: at + 1], ways[0], *spec.argv[at + 2 :]))
+        spec = at_same_ports(spec, old.last.get("ready")) if name == "coordinator" else self._with_a_way_in(spec)
         if self._left:
             return
         child = await self._supervisor.start(spec)
         self.members[name] = child
         if not self._left:
             self._watching.add(asyncio.create_task(self._greet(child)))
+
+    def _with_a_way_in(self, spec: ChildSpec) -> ChildSpec:
+        """A peer's, which joins by another member when the coordinator is not there."""
+        others = [other for other in self.members.values() if other.running and other.name != spec.name]
+        ways = [str(other.last["ready"]["dht"][0]) for other in others if other.last.get("ready", {}).get("dht")]
+        if not ways or self.members["coordinator"].running:
+            return spec
+        # Any member is a way in. Asked as well, the dead coordinator would cost the whole --join-timeout-s.
+        at = spec.argv.index("--join")
+        return replace(spec, argv=(*spec.argv[: at + 1], ways[0], *spec.argv[at + 2 :]))
 
     async def _greet(self, child: Child) -> None:
         try:
@@ -187,45 +191,11 @@ class Laboratory:
                 self._say(str(error))
 
 
-def describe(action: Action, *, hosts: str) -> str:
-    """What happens, for people: `killed peer-2 (SIGKILL), which hosts *.2`."""
-    fault, began = action.fault, action.phase == "began"
-    lost = f", which hosts {hosts}" if hosts else ""
-    match fault.what:
-        case "kill":
-            return f"killed {fault.target} (SIGKILL){lost}"
-        case "term":
-            return f"asked {fault.target} to leave (SIGTERM){lost}"
-        case "stop":
-            return f"suspended {fault.target} (SIGSTOP){_for(fault)}" if began else f"woke {fault.target} (SIGCONT)"
-        case "restart":
-            return f"killed {fault.target} (SIGKILL){lost}" if began else f"starting {fault.target} anew"
-        case _:
-            return f"{_network(fault)}{_for(fault)}" if began else f"{fault.what} of {fault.target} is over"
-
-
-def _network(fault: Fault) -> str:
-    match fault.what:
-        case "delay":
-            parts = {
-                "round_trip_s": fault.round_trip_s,
-                "jitter_s": fault.jitter_s,
-                "tail_probability": fault.tail_probability,
-                "tail_s": fault.tail_s,
-            }
-            text = ", ".join(f"{name} {value:g}" for name, value in parts.items() if value is not None)
-            return f"delayed {fault.target} ({text})"
-        case "bandwidth":
-            return f"limited {fault.target} to {fault.mib_s:g} MiB/s"
-        case "cut":
-            return f"cut {fault.target} off"
-        case "half_open":
-            return f"silenced the way {'to' if fault.direction == 'up' else 'from'} {fault.target}"
-        case "corrupt":
-            return f"damaging {fault.per_mib:g} bytes per MiB of {fault.target}"
-        case _:
-            return f"blackhole in front of {fault.target}"
-
-
-def _for(fault: Fault) -> str:
-    return "" if fault.duration_s is None else f" for {fault.duration_s:g} s"
+def at_same_ports(coordinator: ChildSpec, ready: Event | None) -> ChildSpec:
+    """The coordinator where the others look for it; `ready` is what it said the first time, if it came that far."""
+    if ready is None:
+        return coordinator
+    at = coordinator.argv.index("--listen")
+    dht = str(ready["dht"][0]).partition("/p2p/")[0]
+    argv = (*coordinator.argv[:at], "--listen", str(ready["listen"]), "--dht-listen", dht, *coordinator.argv[at + 2 :])
+    return replace(coordinator, argv=argv)

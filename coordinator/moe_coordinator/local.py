@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,15 +45,26 @@ def main(options: LocalOptions) -> int:
         newest_checkpoint(options.resume)  # a folder without one is refused before anything starts
     with alone_in(options.out):
         (options.out / RUN_FILE).write_text(to_toml(run))
+        # Whom an earlier swarm's coordinator met is not here any more.
+        shutil.rmtree(coordinator_state(options), ignore_errors=True)
         return uvloop.run(LocalSwarm(options, run, specs, faults).run())
 
 
 def coordinator_spec(options: LocalOptions) -> ChildSpec:
-    return ChildSpec(
-        name="coordinator",
-        argv=(*COORDINATOR, "--config", str(options.out / RUN_FILE), "--listen", _listen(options, 0)),
-        env=_threads_env(1),
+    settings = (
+        "--config",
+        options.out / RUN_FILE,
+        "--listen",
+        _listen(options, 0),
+        "--state",
+        coordinator_state(options),
     )
+    return ChildSpec(name="coordinator", argv=(*COORDINATOR, *map(str, settings)), env=_threads_env(1))
+
+
+def coordinator_state(options: LocalOptions) -> Path:
+    """By what it knows after a restart who it is and whom it met."""
+    return options.out / "coordinator"
 
 
 def peer_spec(options: LocalOptions, index: int, *, join: str, experts: str, advertise: str | None = None) -> ChildSpec:

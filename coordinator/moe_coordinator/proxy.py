@@ -35,7 +35,7 @@ class Proxy:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
-        seed: int = 0,
+        seed: int | str = 0,
         up: Conditions = PERFECT,
         down: Conditions = PERFECT,
     ) -> None:

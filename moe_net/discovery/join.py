@@ -59,7 +59,11 @@ async def resolve_join(addresses: Sequence[str], *, timeout_s: float = 10.0) -> 
 async def _get_run(address: str, timeout_s: float) -> coordinator_pb2.GetRunReply | str:
     """The coordinator's answer, or why there is none."""
     # A channel of its own that waits for the connection: a coordinator may be starting this very second.
-    options = [("grpc.max_receive_message_length", MAX_REPLY_BYTES), ("grpc.use_local_subchannel_pool", 1)]
+    options = [
+        ("grpc.max_receive_message_length", MAX_REPLY_BYTES),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_http_proxy", 0),
+    ]
     async with grpc.aio.insecure_channel(address, options=options) as channel:
         stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub
         stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[assignment]

@@ -62,10 +62,12 @@ class Identity:
 
     @classmethod
     def load(cls, path: Path) -> Identity:
-        """The key in the PEM file at `path`; ValueError when it is not an Ed25519 key or others may read it."""
+        """The key in the PEM file at `path`. ValueError when it is not an Ed25519 key, or when others may read it and
+        it is no secret that a container engine put there: those are 0444 or 0440, or on a read-only file system."""
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if mode & 0o077:
+            read_only = not mode & 0o222 or os.fstatvfs(file.fileno()).f_flag & os.ST_RDONLY
+            if mode & 0o077 and not read_only:
                 raise ValueError(f"{path}: mode {mode:04o} lets others read the private key; run: chmod 600 {path}")
             pem = file.read(MAX_RECORD_BYTES)
         try:

@@ -83,6 +83,8 @@ def channel_options(limits: Limits) -> list[tuple[str, Any]]:
         ("grpc.keepalive_timeout_ms", 10_000),
         # Every trainer has a connection of its own to a peer, even within one process.
         ("grpc.use_local_subchannel_pool", 1),
+        # `http_proxy` in the environment is for the web.
+        ("grpc.enable_http_proxy", 0),
     ]
 
 

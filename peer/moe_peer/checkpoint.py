@@ -130,21 +130,21 @@ def newest_checkpoint(folder: Path) -> Path:
     return found
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint in `folder`: itself, of a trainer's output, or of a whole local run.
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder`: itself, of a trainer's output, or of a whole local run; None while there is
+    none. CheckpointError when there is no such folder.
 
-    CheckpointError when there is none. Of trainers at the same step the first one counts: their experts are equal.
+    Of trainers at the same step the first one counts: their experts are equal.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: give a checkpoint, or a folder of a run that holds some")
     found: list[Path] = []
     for place in (folder, checkpoints_of(folder), *all_checkpoints_of(folder)):
         try:
             found.append(newest_checkpoint(place))
         except CheckpointError:
             continue
-    if not found:
-        trainers = checkpoints_of(folder / "trainer-*")
-        raise CheckpointError(f"no checkpoint in {folder}, {checkpoints_of(folder)} or {trainers}")
-    return max(found, key=lambda path: read_meta(path).step)
+    return max(found, key=lambda path: read_meta(path).step, default=None)
 
 
 def set_aside_later(folder: Path, step: int) -> None:

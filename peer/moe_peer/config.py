@@ -44,8 +44,9 @@ class ServeConfig:
     """libp2p multiaddr by which others reach that, like /dns/home.example/tcp/4001; by default the host of --advertise
     with the port of --dht-listen."""
     load: Path | None = None
-    """Take the experts' state from a checkpoint: its folder, or any folder of a run that holds some (the newest).
-    Experts of which a living replica has a later version are taken from there all the same."""
+    """Take the experts' state from a checkpoint: its folder, or any folder of a run that holds some (the newest). While
+    it holds none they start afresh, so that the same command begins a run and comes back to it. Experts of which a
+    living replica has a later version are taken from there all the same."""
     identity: Path | None = None
     """PEM file of this peer's key, made when it does not exist; without it, a new identity each time."""
     device: str | None = None
@@ -74,7 +75,7 @@ class ServeConfig:
     catch_up_timeout_s: float = 120.0
     """How long fetching what other replicas have learned may take; experts not here by then start without it."""
     grace_s: float = 5.0
-    """How long running calls may take to finish at a stop."""
+    """How long running calls may take to finish at a stop, and a trainer that saves what was learned here to do so."""
 
     def __post_init__(self) -> None:
         if self.listen is not None:
@@ -146,6 +147,9 @@ class TrainConfig:
     """Steps between checkpoints; 0: only one, at the end."""
     resume: Path | None = None
     """Go on from a checkpoint: its folder, or the --out folder of an earlier training (the newest one in it)."""
+    go_on: bool = False
+    """Go on from the newest checkpoint in --out, if there is one; otherwise begin. The same command begins a training,
+    comes back to it, and has nothing to do once it is over."""
     allow_fresh_experts: bool = False
     """Resume although the experts of all peers are fresh; otherwise refused, for they need --load to go on."""
     sample_tokens: int = 240
@@ -184,6 +188,8 @@ class TrainConfig:
         for name, value in at_least_one.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.go_on and self.resume is not None:
+            raise ValueError("go_on and resume exclude each other: go_on is to resume from --out")
         if not 0 <= self.trainer_index < self.trainers:
             raise ValueError(f"trainer_index={self.trainer_index} is not in 0..trainers-1={self.trainers - 1}")
         self.cuts  # noqa: B018  contradictions are found now

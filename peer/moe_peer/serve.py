@@ -242,9 +242,12 @@ def _make_host(config: ServeConfig, run: RunConfig, experts: tuple[ExpertId, ...
 def load_experts(host: ExpertHost, run: RunConfig, folder: Path) -> int:
     """Experts hosted here from the newest checkpoint in `folder`; how many. Those it lacks stay fresh, with a warning.
 
-    CheckpointError when it is damaged or of another run.
+    CheckpointError when it is damaged or of another run, or when there is no such folder.
     """
     path = find_checkpoint(folder)
+    if path is None:
+        log.warning("no checkpoint in %s yet: %d experts start afresh", folder, len(host.experts))
+        return 0
     loaded = 0
     for layer in sorted({expert.layer for expert in host.experts}):
         loaded += host.load_state(load_layer(path, run, layer))

@@ -439,19 +439,24 @@ class ExpertServer:
         """`method`, whose errors become statuses: here, and nowhere else."""
 
         async def answer(request: InT, context: Context) -> OutT:
+            trailing: tuple[tuple[str, str], ...] = ()
             try:
                 return await method(request, context)
             except REFUSALS as error:
                 code = next(code for kind, code in STATUS_OF if isinstance(error, kind))
-                trailing: tuple[tuple[str, str], ...] = ()
+                detail = str(error) or type(error).__name__
                 if isinstance(error, BusyError):
                     # Also when it was something else that is full: it is what a call here costs now.
                     queue_s = error.queue_s or self._batcher.expected_wait_s
                     trailing = ((QUEUE_US_KEY, str(int(queue_s * 1e6))),)
-                await context.abort(code, str(error) or type(error).__name__, trailing)
             except OUR_BUGS as error:
                 log.exception("%s failed by a bug of ours", name)
-                await context.abort(grpc.StatusCode.INTERNAL, f"{name} failed by a bug of ours: {type(error).__name__}")
+                code, detail = grpc.StatusCode.INTERNAL, f"{name} failed by a bug of ours: {type(error).__name__}"
+            # gRPC keeps what `abort` raises in a cycle with the call, and Python's collector comes rarely. So it is
+            # raised when the error, whose frames hold the call's rows, is gone, and the message as well (a server of
+            # 600 MiB that refused most calls took 130 more).
+            del request
+            await context.abort(code, detail, trailing)
             raise AssertionError("unreachable: abort does not return")
 
         return answer

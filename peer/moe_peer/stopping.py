@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from moe_net.model.remote_moe import Runner
-from moe_net.signals import stop_signals
+from moe_net.signals import leave_closed_terminal, stop_signals
 
 ResultT = TypeVar("ResultT")
 
@@ -67,7 +67,7 @@ class Stop:
     """SIGTERM, SIGINT and SIGHUP of a training.
 
     Before its steps they interrupt it at once. During them the step at hand has `STEP_S` to end, and whatever else is
-    waited for is given up. Then another SIGINT interrupts what is left to do, and nothing else does.
+    waited for is given up. Of further ones only a SIGINT interrupts what is left to do.
     """
 
     def __init__(self) -> None:
@@ -79,8 +79,9 @@ class Stop:
         self._in_step = False
 
     def __call__(self, number: int, frame: object) -> None:
+        leave_closed_terminal()
         first, self.asked = not self.asked, True
-        if not self._begun or (number == signal.SIGINT and not first):
+        if not self._begun if first else number == signal.SIGINT:
             self.exit_code = 128 + number if number == signal.SIGINT else 0
             raise KeyboardInterrupt
         if first and self._waits is not None:
@@ -100,6 +101,8 @@ class Stop:
     def ends(self, waits: Waits) -> Generator[None]:
         """While within, a stop closes `waits`; after it there is nothing left to interrupt."""
         self._begun, self._waits = True, waits
+        if self.asked:  # and something took the interrupt for its own
+            waits.close_after(0)
         try:
             yield
         finally:

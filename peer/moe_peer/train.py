@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from moe_net.checkpoint_folder import checkpoints_of
+from moe_net.checkpoint_folder import checkpoints_of, newest_in
 from moe_net.client import Membership, join_run
 from moe_net.data.batches import Batches
 from moe_net.errors import NoLiveExpertsError, TooManyDropsError
@@ -18,7 +18,7 @@ from moe_net.folder import alone_in
 from moe_net.rpc.policy import CallPolicy, DropWindow
 from moe_net.trace import FaultEvent
 from moe_net.wire.allocator import tune_allocator
-from moe_peer.checkpoint import saved_versions, set_aside_later
+from moe_peer.checkpoint import read_meta, saved_versions, set_aside_later
 from moe_peer.config import TrainConfig
 from moe_peer.display import TrainDisplay
 from moe_peer.metrics import EvalMetrics, MetricsLog
@@ -39,6 +39,13 @@ def run_train(config: TrainConfig) -> int:
     with Stop().installed() as stop, ExitStack() as stack:
         try:
             stack.enter_context(alone_in(config.out))
+            if config.go_on:
+                newest = newest_in(checkpoints_of(config.out))
+                if newest is not None and (step := read_meta(newest).step) >= config.steps:
+                    print(f"{newest} has {step} of {config.steps} steps: nothing is left to train", file=sys.stderr)
+                    return 0
+                config = replace(config, go_on=False, resume=newest)
+                print(f"going on from {newest}" if newest else f"no checkpoint in {config.out} yet", file=sys.stderr)
             member = stack.enter_context(
                 join_run(
                     config.join, name=config.run, trainer=f"trainer-{config.trainer_index}", policy=_policy(config),
@@ -153,7 +160,8 @@ def _train(session: Session) -> None:
     }
     say(json.dumps({key: value for key, value in done.items() if value is not None}))
     if stop.asked:
-        print(f"stopping: step {trainer.step} is in {session.last_checkpoint}; leaving the run", file=sys.stderr)
+        where = f"step {trainer.step} is in {session.last_checkpoint}" if trainer.step else "nothing was learned yet"
+        print(f"stopping: {where}; leaving the run", file=sys.stderr)
 
 
 def _make_steps(session: Session) -> EvalMetrics | None:

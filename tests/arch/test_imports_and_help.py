@@ -21,6 +21,8 @@ COMMANDS = [
     ("moe_coordinator.cli", ()),
     ("moe_coordinator.cli", ("serve",)),
     ("moe_coordinator.cli", ("local",)),
+    ("moe_coordinator.cli", ("proxy",)),
+    ("moe_coordinator.cli", ("chaos",)),
     ("moe_peer.cli", ()),
     ("moe_peer.cli", ("serve",)),
     ("moe_peer.cli", ("train",)),

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from moe_coordinator.config import to_toml
 from moe_net.config import RunConfig
@@ -29,6 +30,10 @@ FAULTS = """
 [network]
 round_trip_s = 0.004
 jitter_s = 0.002
+[[fault]]
+at_step = 0
+target = "coordinator"
+what = "restart"
 [[fault]]
 at_step = 4
 target = "peer-0"
@@ -72,6 +77,13 @@ async def test_training_ends_well_with_one_peer_suspended_another_killed_and_a_t
     assert {r.what for r in records if isinstance(r, Event)} >= {"peer_suspended"}
     notes = [json.loads(line) for line in (out / "faults.jsonl").read_text().splitlines()]
     began = {(note["what"], note["target"]): note for note in notes if note["phase"] == "began"}
-    assert {what: note["step"] for (what, _), note in began.items()} == {"stop": 4, "kill": 10, "cut": 16}
+    assert {what: note["step"] for (what, _), note in began.items()} == {"restart": 0, "stop": 4, "kill": 10, "cut": 16}
     for line in (b"step 4: suspended peer-0 (SIGSTOP) for 3 s", b"step 16: cut peer-2 off for 2 s"):
         assert line in stderr
+    first, again = (ready(out / "logs" / f"coordinator{suffix}.log") for suffix in ("", ".1"))
+    assert first == again, "the same address, ports and key of the DHT"
+    assert f"coordinator serves again at {first['address']}".encode() in stderr
+
+
+def ready(log: Path) -> Any:
+    return json.loads(next(line for line in log.read_text().splitlines() if line.startswith("{")))

@@ -279,9 +279,12 @@ async def test_a_trainer_that_fails_ends_the_swarm_with_its_last_words(tmp_path:
 async def test_a_swarm_that_would_not_do_what_was_asked_does_not_begin(tmp_path: Path) -> None:
     faults = tmp_path / "faults.toml"
     faults.write_text('[[fault]]\nat_step = 1\ntarget = "peer-9"\nwhat = "kill"\n')
+    containers = tmp_path / "containers.toml"
+    containers.write_text('[[fault]]\nat_step = 1\ntarget = "peer-0"\nwhat = "disconnect"\n')
     for wrong, complaint in (
         (("--kill-peer-at-step", "300"), b"kill_peer_at_step=300 is not one of the steps 0..299"),
         (("--faults", str(faults)), b"fault.0.target: the run has no peer-9"),
+        (("--faults", str(containers)), b"fault.0: disconnect takes a member's whole network away"),
         (("--resume", str(tmp_path / "nowhere")), b"No such file or directory"),
     ):
         process = await local_swarm(tmp_path, STEPS, *wrong)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_coordinator.faults import Action, Fault, FaultPlan, Network, Timetable, advance, timetable
+from moe_coordinator.faults import Action, Fault, FaultPlan, Network, Timetable, advance, is_cut, timetable
 from moe_coordinator.shaping import Conditions
 from moe_net.config import from_dict, load_toml
 
@@ -60,7 +60,8 @@ def test_the_examples_are_what_a_run_of_three_peers_can_have(file: Path) -> None
         ({"what": "delay", "tail_s": 1.0}, "go together"),
         ({"what": "delay", "round_trip_s": -1.0}, "must not be negative"),
         ({"what": "cut", "target": "coordinator"}, "only peers have one"),
-        ({"what": "restart", "target": "trainer-0"}, "only peers are restarted"),
+        ({"what": "restart", "target": "trainer-0"}, "only peers and the coordinator are restarted"),
+        ({"what": "disconnect", "after_s": 1.0}, "after_s says nothing about disconnect"),
     ],
 )
 def test_mistakes_are_named(fault: dict[str, object], complaint: str) -> None:
@@ -98,6 +99,18 @@ def test_conditions_of_faults_at_the_same_time_add_up_and_others_do_not_count() 
     assert up == Conditions(delay_s=0.05 + 0.1, jitter_s=0.05, tail_probability=0.01, tail_s=1.0, bandwidth_mib_s=5.0)
     assert (up.silent, down.silent) == (False, True)
     assert faults.conditions("peer-2", active) == (Conditions(delay_s=0.05, bandwidth_mib_s=5.0),) * 2
+
+
+def test_a_way_is_cut_until_the_last_of_its_cuts_ends() -> None:
+    cut = Fault(at_s=0.0, target="peer-0", what="cut", duration_s=1.0)
+    other = Fault(at_s=0.0, target="peer-1", what="cut", duration_s=1.0)
+    assert is_cut("peer-0", [other, cut])
+    assert not is_cut("peer-0", [other, Fault(at_s=0.0, target="peer-0", what="blackhole")])
+
+
+def test_a_disconnected_container_needs_no_proxy() -> None:
+    assert not plan(target="peer-1", what="disconnect", at_step=1).needs_proxy("peer-1")
+    assert not Fault(target="coordinator", what="disconnect", at_step=1, duration_s=3.0).on_network
 
 
 STOP = Fault(at_step=5, target="peer-0", what="stop", duration_s=10.0)

@@ -111,6 +111,7 @@ def test_others_are_told_the_host_that_is_advertised_and_the_port_too(advertise:
         ({"hedge_fraction": 1.5}, r"hedge_fraction=1\.5 is not in 0\.\.1"),
         ({"max_dropped_fraction": float("nan")}, r"max_dropped_fraction must be in 0\.\.1"),
         ({"threads": -1}, r"threads=-1 is not in 1\.\.1024"),
+        ({"go_on": True, "resume": Path("runs")}, "go_on and resume exclude each other"),
     ],
 )
 def test_a_training_that_cannot_work_is_refused_before_anything_starts(wrong: dict[str, Any], complaint: str) -> None:
@@ -179,5 +180,25 @@ def test_experts_are_loaded_from_the_newest_checkpoint_of_a_local_run(
     other = RunConfig(name="another", model=MODEL)
     with pytest.raises(CheckpointError, match="another"):
         load_experts(fresh, other, tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
-        find_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_run_without_a_checkpoint_yet_is_begun_and_a_folder_that_is_not_there_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh = ExpertHost(make_banks(RUN, [ExpertId(1, 0), ExpertId(3, 1)]))
+    # As it is when the first training was killed before its first checkpoint.
+    (tmp_path / "checkpoints" / ".step-00000010.partial").mkdir(parents=True)
+    assert load_experts(fresh, RUN, tmp_path) == 0
+    assert caplog.messages == [f"no checkpoint in {tmp_path} yet: 2 experts start afresh"]
+    with pytest.raises(CheckpointError, match="nowhere is no folder"):
+        load_experts(fresh, RUN, tmp_path / "nowhere")
+
+
+def test_a_training_that_is_over_has_nothing_to_go_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    host = ExpertHost(make_banks(RUN, MODEL.expert_ids))
+    path = checkpoint(tmp_path / "checkpoints", 7, host, list(MODEL.expert_ids))
+    for steps in (5, 7):
+        with pytest.raises(SystemExit) as stop:  # and asks nobody
+            main(["train", "--join", "127.0.0.1:1", "--out", str(tmp_path), "--steps", str(steps), "--go-on"])
+        assert stop.value.code == 0
+        assert capsys.readouterr().err == f"{path} has 7 of {steps} steps: nothing is left to train\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import stat
 from itertools import pairwise
 from pathlib import Path
@@ -221,9 +222,37 @@ def test_an_identity_is_made_once_and_kept_private(tmp_path: Path) -> None:
     assert Identity.load_or_create(path).peer_id == one.peer_id == peer_id_of(one.public_key)
     assert len(one.peer_id) == 40
     assert [p.name for p in path.parent.iterdir()] == ["identity.pem"]
-    path.chmod(0o640)
-    with pytest.raises(ValueError, match="chmod 600"):
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o604])
+def test_an_identity_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "identity.pem"
+    Identity.load_or_create(path)
+    path.chmod(mode)
+    with pytest.raises(ValueError, match=f"mode {mode:04o} lets others read the private key; run: chmod 600"):
         Identity.load_or_create(path)
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o440, 0o400])
+def test_an_identity_may_be_a_secret_of_docker_that_nobody_may_write(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "identity.pem"
+    one = Identity.load_or_create(path)
+    path.chmod(mode)
+    assert Identity.load_or_create(path).peer_id == one.peer_id
+
+
+def test_an_identity_may_be_a_secret_of_kubernetes_on_a_read_only_file_system_behind_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "..2026").mkdir()
+    one = Identity.load_or_create(tmp_path / "..2026" / "key")
+    (tmp_path / "..2026" / "key").chmod(0o644)
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "key").symlink_to("..data/key")
+    here = os.statvfs(tmp_path)
+    read_only = os.statvfs_result((*here[:8], here.f_flag | os.ST_RDONLY, *here[9:]))
+    monkeypatch.setattr(os, "fstatvfs", lambda _: read_only)
+    assert Identity.load_or_create(tmp_path / "key").peer_id == one.peer_id
 
 
 def test_a_file_that_is_no_identity_is_left_alone(tmp_path: Path) -> None:

@@ -57,6 +57,15 @@ def test_a_signal_before_the_steps_interrupts_at_once(number: signal.Signals, co
     assert signal.getsignal(number) is before
 
 
+def test_a_second_request_does_not_cut_short_the_leaving(waits: Waits) -> None:
+    with Stop().installed() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with stop.ends(waits), pytest.raises(CancelledError):  # whoever took it for something else and went on
+            waits.run(for_ever())
+
+
 def test_who_started_us_with_nohup_does_not_want_us_to_hear_of_the_terminal() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -214,6 +214,23 @@ def _check_threads(threads: int | None) -> None:
     # Beyond this torch ends the process, without a word that names the option.
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise ValueError(f"threads={threads} is not in 1..{MAX_THREADS}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthConfig:
+    """Say in one line whether a member is well; exit code 0 if it is, 1 if not."""
+
+    what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
+    """host:port of a peer or a coordinator, which is asked; or the --out folder of a trainer, where its last step is
+    looked up."""
+    timeout_s: float = 2.0
+    """How long a peer or a coordinator may take to answer."""
+    within_s: float = 120.0
+    """How long ago a trainer's last step may be."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
+
+
 
 
 def parse_experts(spec: str, model: ModelConfig) -> tuple[ExpertId, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,10 +29,11 @@ UP_S = 300.0
 def wait_for(what: str, look: Callable[[], T | None], *, timeout_s: float) -> T:
     """What `look` returns as soon as it is something; TimeoutError says what did not come."""
     deadline_s = time.monotonic() + timeout_s
+    pause = threading.Event()
     while not (found := look()):
         if time.monotonic() > deadline_s:
             raise TimeoutError(f"{what}: not within {timeout_s:g} s")
-        time.sleep(POLL_S)
+        pause.wait(POLL_S)
     return found
 
 

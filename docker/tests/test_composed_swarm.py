@@ -79,7 +79,9 @@ def mean_loss(steps: list[StepMetrics]) -> float:
 def test_a_swarm_trains_takes_in_more_peers_and_stops_with_all_it_learned(
     engine: Engine, images: dict[str, str], tag: str, tmp_path: Path
 ) -> None:
-    with composed_swarm(engine, tag=tag, results=tmp_path / "results") as swarm:
+    results = tmp_path / "results"
+    results.mkdir(mode=0o700)  # as of a user whose umask keeps others out
+    with composed_swarm(engine, tag=tag, results=results) as swarm:
         swarm.up(peers=4)
         steps = list(swarm.wait_for_step(STEPS, timeout_s=180.0))
         assert mean_loss(steps[STEPS - 5 : STEPS]) < mean_loss(steps[:5]) - 1.0, "the loss does not fall"

@@ -55,7 +55,11 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="moe-chaos-") as folder,
         named_peers(engine, tag=tag, results=Path(folder), faults=FAULTS_FILE) as swarm,
     ):
-        return suffer(swarm, FAULTS_FILE, for_s=300.0)[0]
+        code, _ = suffer(swarm, FAULTS_FILE, for_s=300.0)
+        if code != 0:
+            for container in swarm.containers("trainer"):
+                print(engine.logs(container["Id"])[-4000:])
+        return code
 
 
 if __name__ == "__main__":

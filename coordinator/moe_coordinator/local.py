@@ -204,6 +204,8 @@ class LocalSwarm:
         if event["event"] == "step" and child is self._trainers[0]:
             assert self._laboratory is not None
             self._laboratory.on_step(event["step"])
+        elif event["event"] == "text" and child is self._trainers[0] and len(self._trainers) > 1:
+            self._say(f"text: {event['summary']}")  # one trainer alone has the terminal, and says it itself
 
     def _on_exit(self, child: Child, code: int) -> None:
         if child in self._trainers:

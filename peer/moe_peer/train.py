@@ -83,6 +83,9 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: Stop,
             f"min_experts_per_token={config.min_experts_per_token}, but a layer of the run has {run.model.n_experts}"
         )
     text = load_text(config, run, config.out / "tokenizer.json")
+    if config.data is not None:
+        say(json.dumps({"event": "text", "summary": text.corpus.summary}))
+        print(f"text: {text.corpus.summary}", file=sys.stderr)
     batches = Batches(
         text.train,
         seq_len=run.model.seq_len,

@@ -147,6 +147,8 @@ class LocalOptions:
     """Steps between evaluations; the trainer's default when absent."""
     data: Path | None = None
     """Text to train on; the trainer's own when absent."""
+    text_field: str | None = None
+    """The field of a record (JSON lines, Parquet, data sets) that is the text; `text` when absent."""
     out: Path = Path("runs/local")
     """Folder for run.toml, logs and each trainer's results."""
     seed: int | None = None

@@ -90,6 +90,7 @@ def trainer_spec(options: LocalOptions, run: RunConfig, index: int, *, join: str
         "--micro-batches": options.micro_batches,
         "--eval-every": options.eval_every,
         "--data": options.data,
+        "--text-field": options.text_field,
         "--resume": options.resume and trainer_folder(options.resume, index),
     }
     argv = [text for flag, value in settings.items() if value is not None for text in (flag, str(value))]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_net.data.files import FoundFile, find_files
-from moe_net.data.formats import NUL, Part, fault_of, parts_of
+from moe_net.data.formats import parts_of
+from moe_net.data.part import NUL, Part, fault_of
 from moe_net.data.reading import Reading
 
 SEPARATOR = NUL
@@ -93,27 +94,29 @@ def _cut_at(text: bytes, begin: int, limit: int) -> int:
     return limit
 
 
-def _load(files: Sequence[FoundFile], max_bytes: int | None) -> tuple[list[Document], Reading]:
+def _load(files: Sequence[FoundFile], max_bytes: int | None, text_field: str) -> tuple[list[Document], Reading]:
     """Texts by name; with `max_bytes`, of files drawn by the hash of their name, the last text cut to fit."""
     if max_bytes is not None:
         files = sorted(files, key=lambda file: _digest(_bytes(file.name)))
     found_bytes = sum(file.size_bytes for file in files)
     reading = Reading(found_files=len(files), found_bytes=found_bytes, limit_bytes=max_bytes)
-    reader = _Reader(reading=reading, room=max_bytes)
+    reader = _Reader(reading=reading, text_field=text_field, room=max_bytes)
     for file in files:
-        if reader.room is not None and reader.room <= 0:
+        if reader.room == 0:
             break
         reader.read(file)
+    reading.limit_reached = reader.room == 0
     return sorted(reader.documents, key=lambda document: document.name), reading
 
 
 class _Reader:
     """Documents of files, one file after the other, until the room is used up."""
 
-    def __init__(self, *, reading: Reading, room: int | None) -> None:
+    def __init__(self, *, reading: Reading, text_field: str, room: int | None) -> None:
         self.documents: list[Document] = []
         self.room = room
         self._reading = reading
+        self._text_field = text_field
         self._seen: set[bytes] = set()
         self._sizes: set[int] = set()
 
@@ -125,7 +128,7 @@ class _Reader:
             self._reading.leave(file.name, copy, file.size_bytes, is_fault=False)
             return
         before = len(self.documents)
-        for part in parts_of(file, limit_bytes=self.room):
+        for part in parts_of(file, text_field=self._text_field, limit_bytes=self.room):
             digest = _digest(part.text)
             if part.reason:
                 self._reading.leave(file.name, part.reason, part.size_bytes, where=part.where, is_fault=part.is_fault)
@@ -204,11 +207,12 @@ def from_documents(documents: Sequence[Document], *, name: str) -> Corpus:
     return Corpus(name=name, train=tuple(train), held_out=tuple(held_out), fingerprint=_digest(*parts).hex())
 
 
-def load_corpus(path: Path | None = None, *, max_bytes: int | None = None) -> Corpus:
+def load_corpus(path: Path | None = None, *, max_bytes: int | None = None, text_field: str = "text") -> Corpus:
     """The text file at `path`, every text file below it (recursively), or without `path` the standard library.
 
     About 5 % of the text is held out: whole documents where there are many, every 20th chunk where there are few.
     `max_bytes` limits what is read; which files then belong is decided by their names, not by the file system.
+    Of JSON lines, Parquet and Arrow files (data sets of Hugging Face's `datasets`) each `text_field` is a document.
     The standard library differs between Python versions: `Corpus.fingerprint` tells.
     ValueError says when there is no text at `path`, and why not when most of it cannot be read.
     """
@@ -229,7 +233,7 @@ def load_corpus(path: Path | None = None, *, max_bytes: int | None = None) -> Co
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
         files, name = _found(path)
-    documents, reading = _load(files, max_bytes)
+    documents, reading = _load(files, max_bytes, text_field)
     if 2 * reading.faulty_bytes > reading.found_bytes:
         raise ValueError(
             f"{name}: most of the text cannot be used: {reading}. Mend that, or give a file or folder without it"

@@ -1,18 +1,14 @@
-"""One file as texts: plain text is one; what is no text, or no format that is read, is named with the reason."""
+"""One file as texts: plain text is one, JSON lines, Parquet and Arrow have many; what else there is, is named."""
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import BinaryIO
 
 from moe_net.data.files import FoundFile, words
+from moe_net.data.part import PIECE_BYTES, Part, fault_of
+from moe_net.data.records import arrow_rows, is_json_lines, json_lines, parquet_rows
 
-NUL = b"\0"
-"""No text has one: it stands between the documents of a stream."""
-
-_PIECE_BYTES = 2**20
 # Where a limit cuts a text off, these bytes more show whether it cuts a character (of up to 4) in two.
 _MARGIN_BYTES = 4
 
@@ -34,6 +30,9 @@ _NOT_READ = {
     ".csv": "CSV is not read; convert it to JSON lines",
     ".tsv": "TSV is not read; convert it to JSON lines",
     ".json": "JSON is read by lines only, one object each, as .jsonl",
+    ".feather": "Feather is not read; convert it to Parquet",
+    ".orc": "ORC is not read; convert it to Parquet",
+    ".avro": "Avro is not read; convert it to Parquet",
     ".pdf": "PDF is not read",
     ".doc": "Word is not read",
     ".docx": "Word is not read",
@@ -44,58 +43,41 @@ _NOT_READ = {
     ".xlsx": "Excel is not read",
     ".pptx": "PowerPoint is not read",
 }
+# What the datasets library writes beside a data set's rows.
+_OF_DATASETS = frozenset({"dataset_info.json", "state.json", "dataset_dict.json"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A piece of a file: a text, or the reason why there is none."""
-
-    name: str
-    size_bytes: int
-    """Of the file that it stands for."""
-    text: bytes = b""
-    reason: str = ""
-    where: str = ""
-    """In the file, like `line 17`."""
-    is_fault: bool = True
-
-
-def fault_of(text: bytes, *, whole: bool = True) -> str:
-    """Why it is no text: `not UTF-8 at byte 480000`, `a NUL byte at 7`; empty when it is one. Without `whole` it may
-    end within a character."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for begin in range(0, len(text), _PIECE_BYTES):
-        # All of it at once, decoded, could take four times its memory.
-        piece = text[begin : begin + _PIECE_BYTES]
-        if (found := piece.find(NUL)) >= 0:
-            return f"a NUL byte at {begin + found}"
-        pending = len(decoder.getstate()[0])
-        try:
-            decoder.decode(piece)
-        except UnicodeDecodeError as error:
-            return f"not UTF-8 at byte {begin - pending + error.start}"
-    if whole and (pending := len(decoder.getstate()[0])):
-        return f"not UTF-8 at byte {len(text) - pending}"
-    return ""
-
-
-def parts_of(file: FoundFile, *, limit_bytes: int | None) -> Iterator[Part]:
-    """The texts of `file`, one after the other, and what is none. No more than `limit_bytes` (and a piece) is held:
-    of a longer text its beginning comes."""
+def parts_of(file: FoundFile, *, text_field: str, limit_bytes: int | None) -> Iterator[Part]:
+    """The texts of `file`, one after the other, and what is none; of a record, its field `text_field`. No more than
+    `limit_bytes` (and a piece) is held: of a longer text its beginning comes."""
     if file.fault:
         yield Part(name=file.name, size_bytes=file.size_bytes, reason=file.fault)
         return
     try:
         with file.path.open("rb") as opened:
-            yield from _parts(file, opened, limit_bytes)
+            yield from _parts(file, opened, text_field, limit_bytes)
     except OSError as error:
         yield Part(name=file.name, size_bytes=file.size_bytes, reason=words(error))
 
 
-def _parts(file: FoundFile, opened: BinaryIO, limit_bytes: int | None) -> Iterator[Part]:
-    start = opened.read(_PIECE_BYTES)
+def _parts(file: FoundFile, opened: BinaryIO, text_field: str, limit_bytes: int | None) -> Iterator[Part]:
+    start = opened.read(PIECE_BYTES)
     if not start:
         yield Part(name=file.name, size_bytes=0, reason="empty", is_fault=False)
+        return
+    if reason := _beside_the_text(file):
+        yield Part(name=file.name, size_bytes=file.size_bytes, reason=reason, is_fault=False)
+        return
+    rows = None
+    if is_json_lines(file, start):
+        rows = json_lines
+    elif start.startswith(b"PAR1"):
+        rows = parquet_rows
+    elif file.path.suffix.lower() == ".arrow":
+        rows = arrow_rows
+    if rows is not None:
+        opened.seek(0)
+        yield from rows(file, opened, text_field)
         return
     reason = _NOT_READ.get(file.path.suffix.lower(), "")
     reason = reason or next((reason for magic, reason in _MAGIC if start.startswith(magic)), "")
@@ -108,3 +90,19 @@ def _parts(file: FoundFile, opened: BinaryIO, limit_bytes: int | None) -> Iterat
         yield Part(name=file.name, size_bytes=file.size_bytes, reason=reason)
     else:
         yield Part(name=file.name, size_bytes=len(text), text=text)
+
+
+def _beside_the_text(file: FoundFile) -> str:
+    """What the file is, when the datasets library wrote it, and not as a text to train on; empty otherwise."""
+    if file.path.name in _OF_DATASETS:
+        return "describes a data set"
+    if file.path.suffix != ".arrow":
+        return ""
+    if file.path.name.startswith("cache-"):
+        return "a cache of the datasets library"
+    split, dictionary = file.path.parent, file.path.parent.parent
+    # A split that is given by itself (its files have no folder in their names) is read, whatever it is called.
+    is_one_of_several = "/" in file.name and (dictionary / "dataset_dict.json").exists()
+    if is_one_of_several and split.name != "train" and (dictionary / "train").is_dir():
+        return f"the split {split.name!r}; 'train' is read"
+    return ""

@@ -25,7 +25,7 @@ class LeftOut:
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         more = f"; and {self.count - 1} more" if self.count > 1 else ""
-        return f"{_printable(self.name)} ({place}{self.reason}{more})"
+        return _printable(f"{self.name} ({place}{self.reason}{more})")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,6 +37,7 @@ class Reading:
     read_files: int = 0
     read_bytes: int = 0
     limit_bytes: int | None = None
+    limit_reached: bool = False
     left_out: dict[tuple[str, str], LeftOut] = field(default_factory=dict[tuple[str, str], LeftOut])
 
     def leave(self, name: str, reason: str, size_bytes: int, *, where: str = "", is_fault: bool = True) -> None:
@@ -63,7 +64,7 @@ class Reading:
                 f"and {len(left) - _NAMED} more, {_in(sum(one.size_bytes for one in left[_NAMED:]), size)} {unit}"
             )
         beyond = self.found_bytes - self.read_bytes - sum(one.size_bytes for one in left)
-        if self.limit_bytes is not None and beyond > 0:
+        if self.limit_bytes is not None and self.limit_reached and beyond > 0:
             limit = f"{self.limit_bytes / 2**20:g} MiB (--max-data-mib)"
             parts.insert(0, f"{_in(beyond, size)} {unit} beyond the limit of {limit}")
         return f"{text}; left out: {', '.join(parts)}" if parts else text
@@ -77,6 +78,6 @@ def _in(size_bytes: int, unit: int) -> str:
     return f"{size_bytes / unit:.3g}" if size_bytes < 100 * unit else f"{size_bytes / unit:.0f}"
 
 
-def _printable(name: str) -> str:
+def _printable(text: str) -> str:
     """Without control characters: a terminal would obey them."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in name)
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)

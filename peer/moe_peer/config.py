@@ -122,7 +122,10 @@ class TrainConfig:
     """Folder for metrics.jsonl, loss.png and checkpoints. A new training in a used one renames what the earlier one
     measured and saved there to replaced-*."""
     data: Path | None = None
-    """File or folder of text; without it, the source of Python's standard library."""
+    """File or folder of text, JSON lines (.jsonl, .ndjson, also .gz of these), Parquet, or data sets that `datasets` of
+    Hugging Face saved; without it, the source of Python's standard library. What of it is left out is said."""
+    text_field: str = "text"
+    """The field of a record (JSON lines, Parquet, data sets) that is the text."""
     max_data_mib: int = 256
     """Read no more text than this."""
     steps: int = 300

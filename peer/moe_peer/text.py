@@ -31,7 +31,7 @@ class Text:
 
 def load_text(config: TrainConfig, run: RunConfig, tokenizer_file: Path) -> Text:
     """Corpus and tokenizer; a BPE is trained on the training split and kept in `tokenizer_file` for a resume."""
-    corpus = load_corpus(config.data, max_bytes=config.max_data_mib * 2**20)
+    corpus = load_corpus(config.data, max_bytes=config.max_data_mib * 2**20, text_field=config.text_field)
     train, held_out = join(corpus.train), join(corpus.held_out)
     tokenizer: Tokenizer
     if run.tokenizer == "bytes":

@@ -149,6 +149,8 @@ class LocalOptions:
     """Text to train on; the trainer's own when absent."""
     text_field: str | None = None
     """The field of a record (JSON lines, Parquet, data sets) that is the text; `text` when absent."""
+    tokenizer: Path | None = None
+    """The tokenizer.json of a --config whose tokenizer is a BPE; when absent, one is made, for all trainers."""
     out: Path = Path("runs/local")
     """Folder for run.toml, logs and each trainer's results."""
     seed: int | None = None

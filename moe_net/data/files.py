@@ -28,7 +28,8 @@ def words(error: OSError) -> str:
 
 
 def find_files(root: Path, *, without: frozenset[str] = frozenset()) -> list[FoundFile]:
-    """What is below `root`, ascending by name, without hidden names and folders called as in `without`.
+    """What is below `root`, ascending by name, without hidden names, Python's caches, and folders called as in
+    `without`.
 
     Only the name that is seen may not be hidden, not that which a link leads to: the files of a ConfigMap are links
     into `..data`. Of several names of one file that with a suffix counts (in a Hugging Face cache the blobs have none),
@@ -73,7 +74,7 @@ def _entries(root: Path, without: frozenset[str]) -> Iterator[tuple[FoundFile, t
                 yield FoundFile(name=name, path=path, size_bytes=0, fault=fault), (0, 0)
                 continue
             if stat.S_ISDIR(status.st_mode):
-                if entry.name not in without:
+                if entry.name not in without and entry.name != "__pycache__":
                     (links if entry.is_symlink() else folders).append((path, name + "/"))
             else:
                 fault = "" if stat.S_ISREG(status.st_mode) else "neither a file nor a folder"

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from moe_net.data.files import FoundFile, words
-from moe_net.data.part import PIECE_BYTES, Part, fault_of
+from moe_net.data.part import NUL, PIECE_BYTES, Part, fault_of
 from moe_net.data.records import arrow_rows, is_json_lines, json_lines, parquet_rows
 
+_SNIFF_BYTES = 8 * 1024
 # Where a limit cuts a text off, these bytes more show whether it cuts a character (of up to 4) in two.
 _MARGIN_BYTES = 4
 
@@ -81,8 +82,12 @@ def _parts(file: FoundFile, opened: BinaryIO, text_field: str, limit_bytes: int 
         return
     reason = _NOT_READ.get(file.path.suffix.lower(), "")
     reason = reason or next((reason for magic, reason in _MAGIC if start.startswith(magic)), "")
-    if reason or (reason := fault_of(start, whole=False)):  # a large binary file is not read any further
-        yield Part(name=file.name, size_bytes=file.size_bytes, reason=reason)
+    if not reason and _is_wide(start[:_SNIFF_BYTES]):
+        reason = "UTF-16; convert it to UTF-8"
+    # What is binary from its beginning was never meant as a text; and no such file is read any further.
+    is_binary = not reason and NUL in start[:_SNIFF_BYTES]
+    if reason or (reason := fault_of(start, whole=False)):
+        yield Part(name=file.name, size_bytes=file.size_bytes, reason=reason, is_fault=not is_binary)
         return
     text = start + opened.read(-1 if limit_bytes is None else max(0, limit_bytes + _MARGIN_BYTES - len(start)))
     reason = fault_of(text, whole=not opened.read(1))
@@ -90,6 +95,12 @@ def _parts(file: FoundFile, opened: BinaryIO, text_field: str, limit_bytes: int 
         yield Part(name=file.name, size_bytes=file.size_bytes, reason=reason)
     else:
         yield Part(name=file.name, size_bytes=len(text), text=text)
+
+
+def _is_wide(start: bytes) -> bool:
+    """Whether it looks like UTF-16 without a byte order mark: every second byte NUL, of letters of the West."""
+    few, many = sorted((start[0::2].count(NUL), start[1::2].count(NUL)))
+    return many > 0.4 * (len(start) // 2) and few < 0.1 * many
 
 
 def _beside_the_text(file: FoundFile) -> str:

@@ -23,6 +23,7 @@ from moe_net.checkpoint_folder import (
     ANY_STATE,
     OPTIMIZER,
     STATE,
+    TOKENIZER,
     TRUNK,
     after,
     all_checkpoints_of,
@@ -69,16 +70,17 @@ def save_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     experts: dict[str, Tensor],
+    tokenizer: bytes | None = None,
 ) -> Path:
     """Write the checkpoint of `meta.step` to `folder`, whole or not at all; returns its path. `experts` may lack those
-    nobody answered for.
+    nobody answered for; `tokenizer` is the file of a run's BPE.
 
     CheckpointError when it cannot be written (a full disk).
     """
     final = checkpoint_at(folder, meta.step)
     partial = folder / f".{final.name}.partial"
     try:
-        _write(partial, meta, model, optimizer, experts)
+        _write(partial, meta, model, optimizer, experts, tokenizer)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         _flush(folder)
@@ -94,9 +96,12 @@ def _write(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     experts: dict[str, Tensor],
+    tokenizer: bytes | None,
 ) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    if tokenizer is not None:
+        (partial / TOKENIZER).write_bytes(tokenizer)
     save_file({k: v.contiguous() for k, v in _trunk(model).items()}, partial / TRUNK)
     save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER)
     layers: dict[int, dict[str, Tensor]] = {}

@@ -13,9 +13,9 @@ from moe_net.config import load_toml
 from moe_net.errors import MoeNetError
 from moe_net.garbage import tune_collector
 from moe_net.rpc.poller import choose_poller
-from moe_peer.config import ServeConfig, TrainConfig
+from moe_peer.config import ServeConfig, TokenizerConfig, TrainConfig
 
-COMMANDS: dict[str, type[Any]] = {"serve": ServeConfig, "train": TrainConfig}
+COMMANDS: dict[str, type[Any]] = {"serve": ServeConfig, "train": TrainConfig, "tokenizer": TokenizerConfig}
 
 
 def run_command(arguments: list[str] | None = None) -> int:
@@ -23,6 +23,10 @@ def run_command(arguments: list[str] | None = None) -> int:
     refused, 2 for a user's mistake."""
     try:
         config = read_command_line(sys.argv[1:] if arguments is None else arguments)
+        if isinstance(config, TokenizerConfig):
+            from moe_peer.tokenizer import run_tokenizer
+
+            return run_tokenizer(config)
         choose_poller()
         # Imported here, so that --help starts neither torch nor grpc nor an event loop.
         if isinstance(config, ServeConfig):
@@ -39,7 +43,7 @@ def run_command(arguments: list[str] | None = None) -> int:
         return 1 if isinstance(error, MoeNetError) else 2
 
 
-def read_command_line(arguments: list[str]) -> ServeConfig | TrainConfig:
+def read_command_line(arguments: list[str]) -> ServeConfig | TrainConfig | TokenizerConfig:
     """Options over those of the TOML file of `--config`, over the defaults. ValueError names the file's mistakes."""
     command = arguments[0] if arguments else ""
     file = _config_file(arguments)
@@ -49,7 +53,12 @@ def read_command_line(arguments: list[str]) -> ServeConfig | TrainConfig:
         kinds.append(Annotated[kind, tyro.conf.subcommand(name=name, default=default)])
     # A union made at run time: the defaults are the file's.
     either: Any = Union[tuple(kinds)]  # noqa: UP007
-    return tyro.cli(either, args=arguments, prog="moe-peer", description="Host experts of a run, or train its trunk.")
+    return tyro.cli(
+        either,
+        args=arguments,
+        prog="moe-peer",
+        description="Host experts of a run, train its trunk, or make its tokenizer.",
+    )
 
 
 def _config_file(arguments: Sequence[str]) -> Path | None:

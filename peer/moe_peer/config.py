@@ -128,6 +128,8 @@ class TrainConfig:
     """The field of a record (JSON lines, Parquet, data sets) that is the text."""
     max_data_mib: int = 256
     """Read no more text than this."""
+    tokenizer: Path | None = None
+    """The run's tokenizer.json, where its tokenizer is a BPE; a resume takes it from the checkpoint."""
     steps: int = 300
     """Stop after this step of the run (resumed steps included)."""
     trainer_index: int = 0
@@ -211,6 +213,30 @@ class TrainConfig:
     def cuts(self) -> tuple[Cut, ...]:
         """What `micro_batches` and `in_flight` leave open."""
         return open_cuts(sequences=self.sequences, micro_batches=self.micro_batches, in_flight=self.in_flight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerConfig:
+    """Make the vocabulary of a run: a BPE, once, for all of its trainers. Prints what belongs into the run's TOML."""
+
+    config: Path | None = None
+    """TOML file with any of these options; what stands on the command line wins."""
+    data: Path | None = None
+    """File or folder of text, as of `train`; without it, the source of Python's standard library."""
+    text_field: str = "text"
+    """The field of a record (JSON lines, Parquet, data sets) that is the text."""
+    max_data_mib: int = 256
+    """Read no more text than this."""
+    vocab_size: int = 4096
+    """Tokens, the 256 bytes included; model.vocab_size of the run must have room for them."""
+    out: Path = Path("tokenizer.json")
+    """The file to write."""
+
+    def __post_init__(self) -> None:
+        if self.max_data_mib < 1:
+            raise ValueError(f"max_data_mib must be at least 1, not {self.max_data_mib}")
+        if not 256 <= self.vocab_size <= 2**24:
+            raise ValueError(f"vocab_size={self.vocab_size} is not in 256..{2**24}")
 
 
 def _check_threads(threads: int | None) -> None:

@@ -19,13 +19,17 @@ from moe_peer.trainer import Trainer
 INFO_TIMEOUT_S = 10.0
 
 
-def resume_trunk(folder: Path, trainer: Trainer, expected: CheckpointMeta) -> Path:
-    """Load the newest checkpoint in `folder` (itself, or of a trainer's output) into `trainer`; its path.
+def checkpoint_to_resume(folder: Path) -> Path:
+    """The newest checkpoint in `folder`: itself, or of a trainer's output; CheckpointError when there is none."""
+    inner = checkpoints_of(folder)
+    return newest_checkpoint(inner if inner.is_dir() else folder)
+
+
+def resume_trunk(path: Path, trainer: Trainer, expected: CheckpointMeta) -> None:
+    """Load the checkpoint at `path` into `trainer`.
 
     CheckpointError when it is not of the same run, text and trainers as `expected` (whose step does not count).
     """
-    inner = checkpoints_of(folder)
-    path = newest_checkpoint(inner if inner.is_dir() else folder)
     meta = read_meta(path)
     for name in ("run", "data_fingerprint", "tokenizer_fingerprint", "trainers", "sequences"):
         if getattr(meta, name) != getattr(expected, name):
@@ -34,7 +38,6 @@ def resume_trunk(folder: Path, trainer: Trainer, expected: CheckpointMeta) -> Pa
             )
     load_checkpoint(path, trainer.model, trainer.optimizer)
     trainer.step = meta.step
-    return path
 
 
 async def live_versions(view: View, transport: GrpcTransport) -> dict[ExpertId, int]:

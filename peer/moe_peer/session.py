@@ -217,8 +217,9 @@ class Session:
         self.faults += faults
         meta = checkpoint_meta(self.config, self.text, self.trainer)
         self.last_checkpoint = save_checkpoint(
-            checkpoints_of(self.config.out), meta, self.trainer.model, self.trainer.optimizer, experts
-        )
+            checkpoints_of(self.config.out), meta, self.trainer.model, self.trainer.optimizer, experts,
+            tokenizer=self.text.tokenizer_file,
+        )  # fmt: skip
         self.saved_step = meta.step
         return self.last_checkpoint
 

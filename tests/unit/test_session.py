@@ -28,6 +28,7 @@ from moe_peer.config import TrainConfig
 from moe_peer.display import TrainDisplay
 from moe_peer.metrics import Event, MetricsLog, StepMetrics, read_metrics
 from moe_peer.session import Session, stale_gradient
+from moe_peer.stopping import Stop, Waits
 
 RUN = small_run()
 
@@ -49,7 +50,7 @@ def session(folder: Path, **settings: Any) -> Iterator[tuple[Session, ExpertHost
                 config=config, run=RUN, text=SimpleNamespace(tokenizer=ByteTokenizer()),  # type: ignore[arg-type]
                 member=SimpleNamespace(link=link, transport=transport),  # type: ignore[arg-type]
                 trainer=make_trainer(RUN, link), metrics=metrics, display=TrainDisplay("t", mode="off"),
-                asked_to_stop=lambda: False, faults=faults, records=[], drops=DropWindow(), last_checkpoint=None,
+                stop=Stop(), waits=Waits(portal), faults=faults, records=[], drops=DropWindow(), last_checkpoint=None,
                 saved_step=0,
             ),
             host,

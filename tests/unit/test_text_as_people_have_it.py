@@ -28,7 +28,7 @@ def bad_texts() -> dict[str, tuple[bytes, str]]:
         "cut.txt": (ascii_text + "€".encode()[:2], "cut.txt (not UTF-8 at byte 3200)"),
         "surrogate.txt": (b"x\xed\xa0\x80\n" * 100, "surrogate.txt (not UTF-8 at byte 1)"),
         "nul.txt": (ascii_text + b"\0", "nul.txt (a NUL byte at 3200)"),
-        "wide_no_mark.txt": ("wide".encode("utf-16-le"), "wide_no_mark.txt (a NUL byte at 1)"),
+        "wide_no_mark.txt": ("wide".encode("utf-16-le"), "wide_no_mark.txt (UTF-16; convert it to UTF-8)"),
         "windows.txt": ("wide".encode("utf-16"), "windows.txt (UTF-16; convert it to UTF-8)"),
         "big_endian.txt": (b"\xfe\xff\0w\0i", "big_endian.txt (UTF-16; convert it to UTF-8)"),
         "wider.txt": ("wide".encode("utf-32"), "wider.txt (UTF-32; convert it to UTF-8)"),
@@ -69,6 +69,17 @@ def test_when_most_of_the_text_is_left_out_for_a_fault_it_is_refused_with_the_sh
         load_corpus(tmp_path / "big.txt")
     (tmp_path / "rest.txt").write_text("other words\n" * 50_000)
     assert "big.txt" in load_corpus(tmp_path).summary
+
+
+def test_pictures_and_programs_beside_the_text_are_named_and_no_reason_to_refuse_it(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text(GOOD)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0" + bytes(range(256)) * 1000)
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "good.pyc").write_bytes(b"\xa7\r\r\n\0\0" * 100_000)
+    assert load_corpus(tmp_path).summary == "read 1 of 2 files, 60 of 316 KB; left out: picture.png (a NUL byte at 8)"
+    (tmp_path / "wide.txt").write_bytes(("wide words\n" * 40_000).encode("utf-16-be"))
+    with pytest.raises(ValueError, match=r"wide.txt \(UTF-16; convert it to UTF-8\), picture.png"):
+        load_corpus(tmp_path)
 
 
 def test_copies_and_a_limit_of_the_users_own_are_no_fault(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ class LocalOptions:
             raise ValueError("sequences and steps must be at least 1")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}: choose one of {', '.join(PRESETS)}")
-        fixed = {"--preset": self.preset, "--seed": self.seed, "--wire": self.wire}
+        fixed = {"--preset": self.preset, "--seed": self.seed, "--wire": None if self.resume else self.wire}
         given = [flag for flag, value in fixed.items() if value is not None]
         if given and (self.config or self.resume):
             source = "--config" if self.config else f"{RUN_FILE} of --resume"
@@ -189,9 +189,16 @@ class LocalOptions:
 
 
 def run_config(options: LocalOptions) -> RunConfig:
-    """The manifest of a local swarm: that of --config or --resume, else one from preset, steps, sequences and seed."""
-    if options.config or options.resume:
-        return load_toml(RunConfig, options.config or Path(options.resume or "") / RUN_FILE)
+    """The manifest of a local swarm: that of --config or --resume, else one from preset, steps, sequences and seed.
+
+    More --steps than those of the manifest prolong a run that is resumed, and its learning rates' schedule with it.
+    """
+    if options.config:
+        return load_toml(RunConfig, options.config)
+    if options.resume:
+        run = load_toml(RunConfig, options.resume / RUN_FILE)
+        total_steps = max(run.optimizer.total_steps, options.steps or 0)
+        return replace(run, wire=options.wire or run.wire, optimizer=replace(run.optimizer, total_steps=total_steps))
     model = PRESETS[options.preset or "tiny"]
     return RunConfig(
         name="demo",

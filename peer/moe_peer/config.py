@@ -156,7 +156,8 @@ class TrainConfig:
     """Go on from the newest checkpoint in --out, if there is one; otherwise begin. The same command begins a training,
     comes back to it, and has nothing to do once it is over."""
     allow_fresh_experts: bool = False
-    """Resume although the experts of all peers are fresh; otherwise refused, for they need --load to go on."""
+    """Resume although experts begin afresh that were trained: at peers that did not --load them, or because nobody
+    answered for them when the checkpoint was made. Otherwise refused."""
     sample_tokens: int = 240
     """Length of the sample written at the end."""
     threads: int | None = None

@@ -125,11 +125,11 @@ def _resume(
     config: TrainConfig, path: Path, text: Text, trainer: Trainer, member: Membership, faults: list[FaultEvent]
 ) -> None:
     """Go on from the checkpoint at `path`."""
-    resume_trunk(path, trainer, checkpoint_meta(config, text, trainer))
+    changed = resume_trunk(path, trainer, checkpoint_meta(config, text, trainer))
     live = member.link.runner.run(live_versions(member.directory.view, member.transport))
-    event = compare_experts(path, saved_versions(path), live, allow_fresh=config.allow_fresh_experts)
-    if event is not None:
-        faults.append(event)
+    experts = trainer.run.model.expert_ids
+    differ = compare_experts(path, saved_versions(path), live, experts, allow_fresh=config.allow_fresh_experts)
+    faults += [event for event in (changed, differ) if event is not None]
 
 
 def _train(session: Session) -> None:

@@ -49,7 +49,12 @@ def is_checkpoint(path: Path) -> bool:
 
 def newest_in(checkpoints: Path) -> Path | None:
     """None when there is none."""
-    return max(filter(is_checkpoint, checkpoints.glob("step-*")), default=None)
+    return max(whole_ones(checkpoints), default=None)
+
+
+def whole_ones(checkpoints: Path) -> list[Path]:
+    """Ascending by step."""
+    return sorted(filter(is_checkpoint, checkpoints.glob("step-*")))
 
 
 def after(checkpoints: Path, step: int) -> list[Path]:

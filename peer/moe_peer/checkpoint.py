@@ -33,6 +33,7 @@ from moe_net.checkpoint_folder import (
     expert_files,
     is_checkpoint,
     newest_in,
+    whole_ones,
 )
 from moe_net.config import RunConfig, from_json, to_json
 from moe_net.errors import CheckpointError
@@ -162,6 +163,27 @@ def set_aside_later(folder: Path, step: int) -> None:
         aside = folder / f"replaced-{path.name}"
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
+
+
+def remove_old(folder: Path, *, keep: int, limit_bytes: float) -> None:
+    """Remove the oldest checkpoints in `folder` until there are no more than `keep`, of no more than `limit_bytes` in
+    all (0: any number, any size). The newest whole one stays, whatever its size.
+
+    Nothing else may write there. CheckpointError when one cannot be removed.
+    """
+    whole = whole_ones(folder)
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in whole}
+    for path in whole[:-1]:
+        if not (0 < keep < len(sizes) or 0 < limit_bytes < sum(sizes.values())):
+            break
+        del sizes[path]
+        aside = folder / f".{path.name}.partial"  # at no moment half a checkpoint that looks whole
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+            shutil.rmtree(aside)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be removed: {error}") from error
 
 
 def read_meta(path: Path) -> CheckpointMeta:

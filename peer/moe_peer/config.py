@@ -150,6 +150,10 @@ class TrainConfig:
     """Batches of 16 held-out sequences in an evaluation."""
     checkpoint_every: int = 100
     """Steps between checkpoints; 0: only one, at the end."""
+    keep_checkpoints: int = 3
+    """How many checkpoints stay in --out, the newest ones; 0: all."""
+    keep_checkpoints_gib: float = 0.0
+    """How much they may take together; the newest one stays whatever its size. 0: any size."""
     resume: Path | None = None
     """Go on from a checkpoint: its folder, or the --out folder of an earlier training (the newest one in it)."""
     go_on: bool = False
@@ -201,8 +205,10 @@ class TrainConfig:
         self.cuts  # noqa: B018  contradictions are found now
         if not 0 <= self.max_dropped_fraction <= 1:
             raise ValueError("max_dropped_fraction must be in 0..1")
-        if min(self.checkpoint_every, self.max_staleness, self.sample_tokens) < 0:
-            raise ValueError("checkpoint_every, max_staleness and sample_tokens must not be negative")
+        if min(self.checkpoint_every, self.max_staleness, self.sample_tokens, self.keep_checkpoints) < 0:
+            raise ValueError("checkpoint_every, keep_checkpoints, max_staleness and sample_tokens must not be negative")
+        if not 0 <= self.keep_checkpoints_gib < math.inf:
+            raise ValueError(f"keep_checkpoints_gib={self.keep_checkpoints_gib} must be a number, and not negative")
         for name in ("wait_s", "call_timeout_s", "fetch_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")

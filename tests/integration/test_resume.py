@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from disks import full_at
 from swarms import make_trainer, remote_link, small_run, text_batches
 
 from moe_net.client import host_here, make_banks
@@ -123,13 +123,8 @@ def test_a_full_disk_leaves_the_checkpoint_of_before_and_no_half_of_a_new_one(tm
         trainer = make_trainer(RUN, link)
         first = save(trainer, link, tmp_path)
         trainer.train_step()
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # no file of this process can be longer
-        try:
-            with pytest.raises(CheckpointError, match="step-00000001 cannot be written"):
-                save(trainer, link, tmp_path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        with full_at(50_000), pytest.raises(CheckpointError, match="step-00000001 cannot be written"):
+            save(trainer, link, tmp_path)
     assert newest_checkpoint(tmp_path) == first
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
 

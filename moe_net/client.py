@@ -14,7 +14,7 @@ from moe_net.discovery.directory import DirectoryWatcher
 from moe_net.discovery.join import resolve_join
 from moe_net.discovery.manifest import find_manifest
 from moe_net.errors import JoinError
-from moe_net.experts.bank import ExpertBank
+from moe_net.experts.bank import AT_ONCE_BYTES, ExpertBank
 from moe_net.experts.host import ExpertHost
 from moe_net.model.remote_moe import SwarmLink
 from moe_net.placement.view import View
@@ -34,9 +34,11 @@ def make_banks(
     device: str = "cpu",
     compute_dtype: torch.dtype | None = None,
     origin: int = 0,
+    at_once_bytes: int = AT_ONCE_BYTES,
 ) -> dict[int, ExpertBank]:
     """Fresh experts of a run, one bank per layer; the same weights wherever they are made. `origin`: a number of the
-    process's own, when there are to be replicas (see `experts.lineage`).
+    process's own, when there are to be replicas (see `experts.lineage`). `at_once_bytes`: what rows that run together
+    may take beside themselves, on a CPU.
 
     Unless `compute_dtype` says otherwise they compute in fp32, on a CUDA device in bf16, or in fp16 where that has no
     bf16.
@@ -58,6 +60,7 @@ def make_banks(
             device=device,
             compute_dtype=dtype,
             origin=origin,
+            at_once_bytes=at_once_bytes,
         )
     return banks
 

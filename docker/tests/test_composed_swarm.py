@@ -108,3 +108,9 @@ def test_a_swarm_trains_takes_in_more_peers_and_stops_with_all_it_learned(
         versions = saved_versions(checkpoint)
         assert len(versions) == N_EXPERTS
         assert set(versions.values()) == {n_steps}, f"experts of {n_steps} steps have made {versions}"
+
+        # And the same command goes on with it.
+        swarm.up(peers=6)
+        steps = list(swarm.wait_for_step(n_steps + 5, timeout_s=120.0))
+        assert [step.step for step in steps] == list(range(len(steps))), "steps are missing, or were made twice"
+        assert abs(mean_loss(steps[n_steps:]) - mean_loss(steps[n_steps - 10 : n_steps])) < 0.5

@@ -62,8 +62,9 @@ class Identity:
 
     @classmethod
     def load(cls, path: Path) -> Identity:
-        """The key in the PEM file at `path`. ValueError when it is not an Ed25519 key, or when others may read it and
-        it is no secret that a container engine put there: those are 0444 or 0440, or on a read-only file system."""
+        """The key in the PEM file at `path`; ValueError when it is not an Ed25519 key, or others may read it and the
+        owner may write it. What nobody may write is a secret as Docker (0444, 0440) and Kubernetes (a read-only file
+        system) mount it: as private as the container."""
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             read_only = not mode & 0o222 or os.fstatvfs(file.fileno()).f_flag & os.ST_RDONLY

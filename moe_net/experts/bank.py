@@ -92,12 +92,13 @@ class ExpertBank:
         device: torch.device | str = "cpu",
         origin: int = 0,
         compute_dtype: torch.dtype = torch.float32,
+        at_once_bytes: int = AT_ONCE_BYTES,
     ) -> None:
         """Fresh experts `indices` of `layer` (see `experts.init`). `origin`: whose learning this is, among replicas
         (see `experts.lineage`). ValueError if indices are none, repeated or < 0.
 
         With another `compute_dtype` (bf16 is what a GPU is fast in) the experts run on rounded copies of their weights,
-        which a step renews; weights, gradient sums and moments stay fp32.
+        which a step renews; weights, gradient sums and moments stay fp32. `at_once_bytes`: see `AT_ONCE_BYTES`.
         """
         self.indices = tuple(sorted(indices))
         if not self.indices or self.indices[0] < 0 or len(set(self.indices)) < len(self.indices):
@@ -132,6 +133,7 @@ class ExpertBank:
         if compute_dtype is not torch.float32:
             self._compute = ExpertWeights(w_in_EDH.to(compute_dtype), w_out_EFD.to(compute_dtype), shape.activation)
         self._graphed = GraphedExperts(self._compute, self._optimizer.grads) if on_gpu else None
+        self._at_once_bytes = at_once_bytes
         self._clock = 0
         self._generation = 0  # of the weights: counts everything that changes them
         # Pairs (row, expert) whose gradients are in the sums, and that were ever stepped on here.
@@ -202,7 +204,7 @@ class ExpertBank:
     def _pieces(self, slots_RK: Tensor) -> list[slice]:
         """Rows that run one part after the other; none: all at once. The same rows always in the same parts."""
         n_rows, most = slots_RK.shape
-        at_once = max(1, AT_ONCE_BYTES // max(1, pairs_bytes(1, most, self.shape)))
+        at_once = max(1, self._at_once_bytes // max(1, pairs_bytes(1, most, self.shape)))
         if self.device.type != "cpu" or n_rows <= at_once:
             return []
         return [slice(first, first + at_once) for first in range(0, n_rows, at_once)]

@@ -51,6 +51,7 @@ IDLE_S = 120.0
 moved. Who trains asks every peer at each step."""
 AnswerT = TypeVar("AnswerT")
 SERVICE = "/moe_net.v1.ExpertService/"
+UNTAKEN = "Internal error from Core"
 QUEUE_US_KEY = "moe-queue-us"
 """Of the trailing metadata of a RESOURCE_EXHAUSTED: how long a call would wait just now, in decimal."""
 
@@ -64,14 +65,15 @@ _FAILURES = {
 }
 
 
-def channel_options(limits: Limits) -> list[tuple[str, Any]]:
-    """gRPC channel arguments that clients and servers share."""
+def channel_options(limits: Limits, *, window_bytes: int | None = None) -> list[tuple[str, Any]]:
+    """gRPC channel arguments that clients and servers share. `window_bytes`: what may come of a call before it is read;
+    by default as much as a message has at most."""
     return [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
         # Windows as large as a message, so that none waits for credit half-way, and frames to match (1 MiB: 1.27 ->
         # 0.95 ms with the older poller, 0.82 with these).
-        ("grpc.http2.lookahead_bytes", limits.max_message_bytes),
+        ("grpc.http2.lookahead_bytes", window_bytes or limits.max_message_bytes),
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.write_buffer_size", 4 * 2**20),
         ("grpc.http2.max_frame_size", 2**20),
@@ -343,6 +345,10 @@ async def _answer(peer: PeerInfo, call: Awaitable[bytes]) -> bytes:
         return await call
     except grpc.aio.AioRpcError as error:
         failure = _FAILURES.get(error.code(), CallFailure.REFUSED)
+        # A server that has no room ends a call while its pieces are on their way. When one of them waits to be taken
+        # just then, grpc.aio says only that it was not, instead of the status.
+        if error.details() == UNTAKEN:
+            failure = CallFailure.BUSY
         detail = f"{error.code().name}: {error.details()}"
         queue_s = _queue_s(error) if failure is CallFailure.BUSY else 0.0
         raise CallError(failure, peer.peer_id, detail, queue_s=queue_s) from error

@@ -31,7 +31,8 @@ class ServeConfig:
     """What to host: `layer.index`, ranges and lists of it, `*` for all, as in `0.0-3,1.5` or `*.0-3`. Without it: the
     experts with the fewest replicas."""
     max_experts: int | None = None
-    """Without --experts, how many; by default as many as fit into half of the free memory."""
+    """Without --experts, how many; by default as many as fit into half of the memory that the caches leave, or
+    into a third of it where less than 4 GiB are available: the rest is for the work."""
     listen: str | None = None
     """host:port of the gRPC service; port 0 takes a free one. By default a free port of every interface, or of
     127.0.0.1 when the whole run is on this machine."""
@@ -53,18 +54,20 @@ class ServeConfig:
     """Where the experts run: cpu, cuda or cuda:1. By default the first CUDA device, or the CPU where there is none."""
     threads: int | None = None
     """Threads for tensor work; by default as many as cores, or as a container's quota has processors."""
-    cache_mib: int = 256
-    """Memory for the inputs of calls whose backward has not come yet."""
-    reply_mib: int = 64
-    """Memory for answers that a retry may ask for."""
-    journal_mib: int = 256
-    """Memory for the calls behind the experts' gradient sums, so that one that went to another replica is taken out."""
+    cache_mib: int | None = None
+    """Memory for the inputs of calls whose backward has not come yet. By default 256, or where memory is scarce (as in
+    a container) less: the four together take a quarter of what is available at most."""
+    reply_mib: int | None = None
+    """Memory for answers that a retry may ask for; by default 64 or less."""
+    journal_mib: int | None = None
+    """Memory for the calls behind the experts' gradient sums, so that one that went to another replica is taken out; by
+    default 256 or less."""
     max_batch_rows: int = 2048
     """Rows that run together."""
     max_queue_rows: int = 65_536
     """Rows that may wait; further calls are refused with RESOURCE_EXHAUSTED."""
-    max_queue_mib: int = 256
-    """Memory they may take."""
+    max_queue_mib: int | None = None
+    """Memory they may take; by default 256 or less."""
     join_timeout_s: float = 20.0
     """How long to look for the run."""
     share_gradients: bool = True
@@ -100,7 +103,8 @@ class ServeConfig:
         _check_threads(self.threads)
         if not all(map(math.isfinite, (self.exchange_every_s, self.grace_s))):
             raise ValueError("exchange_every_s and grace_s must be numbers of seconds")
-        if min(self.cache_mib, self.reply_mib, self.journal_mib, self.exchange_every_s, self.grace_s) < 0:
+        caches_mib = (self.cache_mib or 0, self.reply_mib or 0, self.journal_mib or 0)
+        if min(*caches_mib, self.exchange_every_s, self.grace_s) < 0:
             raise ValueError("cache_mib, reply_mib, journal_mib, exchange_every_s and grace_s must not be negative")
 
     def dht_multiaddr(self, listen: str) -> str:
@@ -244,6 +248,23 @@ class TokenizerConfig:
             raise ValueError(f"max_data_mib must be at least 1, not {self.max_data_mib}")
         if not 256 <= self.vocab_size <= 2**24:
             raise ValueError(f"vocab_size={self.vocab_size} is not in 256..{2**24}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthConfig:
+    """Say in one line whether a member is well; exit code 0 if it is, 1 if not."""
+
+    what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
+    """host:port of a peer or a coordinator, which is asked; or the --out folder of a trainer, where its last step is
+    looked up."""
+    timeout_s: float = 2.0
+    """How long a peer or a coordinator may take to answer."""
+    within_s: float = 120.0
+    """How long ago a trainer's last step may be."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
 
 
 def _check_threads(threads: int | None) -> None:

@@ -29,18 +29,17 @@ def find_device(asked: str | None) -> str:
     return asked
 
 
-def room_for_experts(device: str, run: RunConfig, *, max_batch_rows: int, kept_bytes: int) -> int:
-    """How many experts half of the free memory holds; on a GPU beside the largest dispatch and the `kept_bytes` of
-    calls, which are there as well."""
+def memory_of_experts(device: str, run: RunConfig, *, max_batch_rows: int) -> tuple[int, int]:
+    """(bytes available where the experts shall be, bytes of one). On a GPU the largest dispatch is taken off."""
     shape, model = run.model.expert_shape, run.model
     if torch.device(device).type == "cpu":
-        return available_memory_bytes() // 2 // memory_bytes(1, shape)
+        return available_memory_bytes(), memory_bytes(1, shape)
     free, _ = torch.cuda.mem_get_info(device)
     largest = dispatch_bytes(
         max_batch_rows, model.router.experts_per_token, model.n_experts, shape,
         item_bytes=2, backend="grouped", fresh=False, early=True,
     )  # fmt: skip
-    return max(0, free // 2 - largest - kept_bytes) // memory_bytes(1, shape, compute_bytes=2)
+    return max(0, free - largest), memory_bytes(1, shape, compute_bytes=2)
 
 
 @dataclass(slots=True)

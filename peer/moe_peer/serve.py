@@ -11,6 +11,7 @@ import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import torch
 import uvloop
 
 from moe_net.client import make_banks
@@ -25,8 +26,8 @@ from moe_net.discovery.manifest import find_manifest, keep_manifest, put_manifes
 from moe_net.discovery.reach import addresses_of, announced_host, default_listen
 from moe_net.discovery.record import Identity, to_ranges
 from moe_net.errors import JoinError
-from moe_net.experts.bank import memory_bytes
 from moe_net.experts.host import ExpertHost
+from moe_net.machine import available_memory_bytes
 from moe_net.placement.assign import assign
 from moe_net.placement.view import View
 from moe_net.rpc.grpc_client import GrpcTransport
@@ -37,19 +38,18 @@ from moe_peer.catchup import catch_up
 from moe_peer.checkpoint import find_checkpoint, load_layer
 from moe_peer.config import ServeConfig, parse_experts
 from moe_peer.gossip import Gossip, Meeting
-from moe_peer.memory import find_device, room_for_experts
+from moe_peer.memory import find_device, memory_of_experts
+from moe_peer.memory_plan import MIB, SCARCE_BYTES, MemoryPlan, plan_memory
 from moe_peer.server import ExpertServer
 from moe_peer.threads import use_threads
 
 log = logging.getLogger(__name__)
 
-MIB = 2**20
-
 
 def run_serve(config: ServeConfig) -> int:
     """Serve until SIGINT or SIGTERM; exit code. JoinError, CheckpointError, ValueError: why it could not begin."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    tune_allocator()
+    tune_allocator(sparing=available_memory_bytes() < SCARCE_BYTES)
     use_threads(config.threads)
     uvloop.run(until_signalled(_serve(config)))
     return 0
@@ -75,9 +75,10 @@ async def _serve(config: ServeConfig) -> None:
         )
         stack.push_async_callback(discovery.close)
         run = known or _read_manifest(await _manifest_from_dht(discovery, config), config)
-        experts = await _choose_experts(config, run, discovery, identity)
+        device = find_device(config.device)
+        experts, plan = await _choose_experts(config, run, device, discovery, identity)
         # Off the loop: the DHT's neighbours ping us meanwhile.
-        host = await asyncio.to_thread(_make_host, config, run, experts)
+        host = await asyncio.to_thread(_make_host, config, run, device, experts, plan)
         transport = GrpcTransport(run=run.name, shape=run.model.expert_shape)
         stack.push_async_callback(transport.close)
         there = await discovery.peers(RunExperts(run.model.expert_ids))
@@ -91,7 +92,8 @@ async def _serve(config: ServeConfig) -> None:
                 grace_s=config.grace_s,
                 max_batch_rows=config.max_batch_rows,
                 max_queue_rows=config.max_queue_rows,
-                max_queue_bytes=config.max_queue_mib * MIB,
+                max_queue_bytes=plan.queue_bytes,
+                sparing=plan.sparing,
                 on_meeting=_print_meeting,
             )
         )
@@ -207,32 +209,42 @@ async def _manifest_from_dht(discovery: DhtDiscovery, config: ServeConfig) -> st
 
 
 async def _choose_experts(
-    config: ServeConfig, run: RunConfig, discovery: DhtDiscovery, identity: Identity
-) -> tuple[ExpertId, ...]:
-    if config.experts is not None:
-        return parse_experts(config.experts, run.model)
-    one_mib = memory_bytes(1, run.model.expert_shape) / MIB
-    capacity = config.max_experts
-    if capacity is None:
-        kept_mib = config.cache_mib + config.reply_mib + config.journal_mib + config.max_queue_mib
-        capacity = room_for_experts(
-            find_device(config.device), run, max_batch_rows=config.max_batch_rows, kept_bytes=kept_mib * MIB
-        )
-        if capacity == 0:
-            raise ValueError(f"half of the free memory does not hold one expert ({one_mib:.0f} MiB)")
-    view = View(await discovery.peers(RunExperts(run.model.expert_ids)))
-    chosen = assign(run.model.expert_ids, view, capacity, identity.peer_id)
-    log.info("hosting %d of %d experts, %.0f MiB", len(chosen), len(run.model.expert_ids), len(chosen) * one_mib)
-    return chosen
+    config: ServeConfig, run: RunConfig, device: str, discovery: DhtDiscovery, identity: Identity
+) -> tuple[tuple[ExpertId, ...], MemoryPlan]:
+    chosen = () if config.experts is None else parse_experts(config.experts, run.model)
+    every = run.model.expert_ids
+    n_asked = len(chosen) or config.max_experts
+    available_bytes, expert_bytes = memory_of_experts(device, run, max_batch_rows=config.max_batch_rows)
+    plan = plan_memory(
+        config, available_bytes=available_bytes, expert_bytes=expert_bytes,
+        n_asked=n_asked and min(n_asked, len(every)),
+    )  # fmt: skip
+    if not chosen:
+        view = View(await discovery.peers(RunExperts(every)))
+        chosen = assign(every, view, plan.n_experts, identity.peer_id)
+    log.info(
+        "contributing %d of %d experts, %.0f MiB, caches of %.0f MiB for their calls, and %d threads; %.0f MiB are "
+        "available", len(chosen), len(every), len(chosen) * expert_bytes / MIB, plan.caches_bytes / MIB,
+        torch.get_num_threads(), available_bytes / MIB,
+    )  # fmt: skip
+    if len(chosen) > plan.fitting_experts:
+        log.warning(
+            "%d experts were asked for, but beside the caches and the work there is room for %d: with many calls at "
+            "once this peer may run out of memory", len(chosen), plan.fitting_experts,
+        )  # fmt: skip
+    return chosen, plan
 
 
-def _make_host(config: ServeConfig, run: RunConfig, experts: tuple[ExpertId, ...]) -> ExpertHost:
+def _make_host(
+    config: ServeConfig, run: RunConfig, device: str, experts: tuple[ExpertId, ...], plan: MemoryPlan
+) -> ExpertHost:
+    # A life of its own: what an earlier process of this peer had learned went with it, if no replica took it over.
+    origin = 1 + secrets.randbelow(2**63 - 1)
     host = ExpertHost(
-        # A life of its own: what an earlier process of this peer had learned went with it, if no replica took it over.
-        make_banks(run, experts, device=find_device(config.device), origin=1 + secrets.randbelow(2**63 - 1)),
-        cache_bytes=config.cache_mib * MIB,
-        reply_bytes=config.reply_mib * MIB,
-        journal_bytes=config.journal_mib * MIB,
+        make_banks(run, experts, device=device, origin=origin, at_once_bytes=plan.at_once_bytes),
+        cache_bytes=plan.cache_bytes,
+        reply_bytes=plan.reply_bytes,
+        journal_bytes=plan.journal_bytes,
     )
     if config.load is not None:
         load_experts(host, run, config.load)

@@ -67,10 +67,12 @@ log = logging.getLogger(__name__)
 
 SERVICE = "moe_net.v1.ExpertService"
 MAX_FETCHES = 2
-"""At once: each holds its layer's state twice, as tensors and as a file."""
+"""At once: each holds its layer's state twice, as tensors and as a file. One of a server that is sparing."""
 LINGER_S = 2.0
 """At a stop, for a Fetch that saves what was learned since the last one, and as long again for the next layer's. A
 trainer that is stopped at the same moment gives its step at hand 1 s."""
+SPARING_WINDOWS = 32
+"""Times what may come of a call before it is read, that a queue holds of a server that is sparing."""
 MAX_SHARES = 16
 """Being sent at once."""
 SHARE_S = 3.0
@@ -134,12 +136,14 @@ class ExpertServer:
         max_queue_bytes: int = 256 * 2**20,
         max_concurrent_calls: int | None = None,
         chunk_timeout_s: float = CHUNK_TIMEOUT_S,
+        sparing: bool = False,
         on_meeting: Callable[[Meeting], None] = lambda _: None,
     ) -> None:
         """`max_concurrent_calls` bounds what gRPC takes in before we see and count it: that many messages of at most
         `limits.max_message_bytes`. By default 64 or more, up to 512, as many as fit into 8 times `max_queue_bytes`:
-        with the defaults 64, or 2 GiB if as many callers send the largest message at the same moment. `on_meeting`
-        hears of every exchange that another replica began."""
+        with the defaults 64, or 2 GiB if as many callers send the largest message at the same moment. `sparing` takes
+        less memory for calls in pieces and for Fetch, which are slower then. `on_meeting` hears of every exchange that
+        another replica began."""
         self._host = host
         self._run = run
         self._peer_id = peer_id
@@ -166,7 +170,8 @@ class ExpertServer:
         self.sharing = Sharing(host, self._device.run, peer_id=peer_id)
         self._shares = Places("Share", MAX_SHARES)
         self._share_files = ShareFiles(self._share_file, n_experts=len(host.experts))
-        self._fetches = Places("Fetch", MAX_FETCHES)
+        self._fetches = Places("Fetch", 1 if sparing else MAX_FETCHES)
+        self._window_bytes = max_queue_bytes // SPARING_WINDOWS if sparing else self._limits.max_message_bytes
         self._chunk_timeout_s = chunk_timeout_s
         self._health = FewWatches()
         self._server: grpc.aio.Server | None = None
@@ -183,7 +188,7 @@ class ExpertServer:
         assert self._server is None, "start once"
         server = grpc.aio.server(
             options=[
-                *channel_options(self._limits),
+                *channel_options(self._limits, window_bytes=self._window_bytes),
                 # Otherwise two peers share a port silently, each getting half of the calls.
                 ("grpc.so_reuseport", 0),
                 # Our clients ping every 20 s while a call runs; by default the third such ping ends the connection.

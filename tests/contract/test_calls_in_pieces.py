@@ -234,6 +234,21 @@ async def test_what_comes_slowly_in_pieces_leaves_room_for_calls_that_are_there(
 
 
 @pytest.mark.usefixtures("everything_in_pieces")
+async def test_a_busy_server_is_busy_also_to_whom_it_refuses_while_pieces_are_on_their_way() -> None:
+    large = forward_call(n_rows=60_000)
+    first, *_ = stock_pieces(stock_forward(forward_call(n_rows=ROWS)))
+    async with serving(max_queue_bytes=2 * first.total_bytes, sparing=True) as (server, client):
+        coming = client.stub.ForwardInPieces(timeout=60)
+        await coming.write(first)
+        await reserved(server, first.total_bytes)
+        for _ in range(10):
+            with pytest.raises(CallError) as caught:
+                await client.transport.forward(client.peer, large, timeout_s=30)
+            assert caught.value.failure is CallFailure.BUSY, caught.value
+        coming.cancel()
+
+
+@pytest.mark.usefixtures("everything_in_pieces")
 async def test_a_call_in_pieces_whose_client_left_is_not_computed() -> None:
     host = Gated()
     async with serving(host) as (server, client):

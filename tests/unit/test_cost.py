@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_net.errors import LimitError
 from moe_net.experts import bank as bank_module
-from moe_net.experts.bank import ExpertBank
+from moe_net.experts.bank import AT_ONCE_BYTES, ExpertBank
 from moe_net.experts.checks import check_cost, pairs_bytes
 from moe_net.experts.host import ExpertHost
 from moe_net.optim import OptimizerConfig
@@ -24,10 +24,10 @@ SHAPE = ExpertShape(d_model=D, d_ff=4)
 NUMBERS = itertools.count()
 
 
-def new_host(**settings: Any) -> ExpertHost:
+def new_host(*, at_once_bytes: int = AT_ONCE_BYTES, **settings: Any) -> ExpertHost:
     bank = ExpertBank(
         layer=0, indices=range(N_EXPERTS), shape=SHAPE, optimizer=OptimizerConfig(), global_batch_tokens=1000,
-        run="test", seed=1, init_std=0.5,
+        run="test", seed=1, init_std=0.5, at_once_bytes=at_once_bytes,
     )  # fmt: skip
     return ExpertHost({0: bank}, **settings)
 
@@ -127,7 +127,7 @@ def test_pre_activations_that_alone_exceed_the_cache_are_not_made() -> None:
 
 def test_very_many_pairs_run_one_part_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(50, 4)
-    parts, whole = new_host(cache_bytes=5000), new_host()
+    parts, whole = new_host(cache_bytes=5000, at_once_bytes=pairs_bytes(20, 4, SHAPE)), new_host()
     sizes: list[int] = []
     forward, backward = bank_module.moe_ffn_forward, bank_module.moe_ffn_backward
 
@@ -143,7 +143,6 @@ def test_very_many_pairs_run_one_part_after_the_other(monkeypatch: pytest.Monkey
     (expected,), (expected_back,) = whole.forward_many([asked]), whole.backward_many([backward_of(asked)])
     monkeypatch.setattr(bank_module, "moe_ffn_forward", noting_forward)
     monkeypatch.setattr(bank_module, "moe_ffn_backward", noting_backward)
-    monkeypatch.setattr(bank_module, "AT_ONCE_BYTES", pairs_bytes(20, 4, SHAPE))
     (answer,), (back,) = parts.forward_many([asked]), parts.backward_many([backward_of(asked)])
     assert sizes == [20, 20, 10] * 2
     assert isinstance(answer, ForwardAnswer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,10 +29,11 @@ UP_S = 300.0
 def wait_for(what: str, look: Callable[[], T | None], *, timeout_s: float) -> T:
     """What `look` returns as soon as it is something; TimeoutError says what did not come."""
     deadline_s = time.monotonic() + timeout_s
+    pause = threading.Event()
     while not (found := look()):
         if time.monotonic() > deadline_s:
             raise TimeoutError(f"{what}: not within {timeout_s:g} s")
-        time.sleep(POLL_S)
+        pause.wait(POLL_S)
     return found
 
 
@@ -86,11 +88,15 @@ class ComposedSwarm:
         return [record for record in self.records() if isinstance(record, StepMetrics)]
 
     def wait_for_step(self, step: int, *, timeout_s: float) -> Sequence[StepMetrics]:
-        return wait_for(
-            f"step {step} of the trainer",
-            lambda: steps if (steps := self.steps()) and steps[-1].step >= step else None,
-            timeout_s=timeout_s,
-        )
+        """The steps up to this one and later. AssertionError as soon as a member had to be started again."""
+
+        def look() -> Sequence[StepMetrics] | None:
+            restarted = [container["Name"] for container in self.containers() if container["RestartCount"]]
+            assert not restarted, f"{restarted} ended without being told to"
+            steps = self.steps()
+            return steps if steps and steps[-1].step >= step else None
+
+        return wait_for(f"step {step} of the trainer", look, timeout_s=timeout_s)
 
     def left(self) -> list[str]:
         """What the engine still has of this project."""

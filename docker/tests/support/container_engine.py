@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,9 +133,10 @@ def started_engine(client: str) -> Iterator[Engine]:
         engine = Engine(client=client, environment=environment_for(client, host), borrowed=False)
         deadline_s = time.monotonic() + START_S
         while not (folder / "docker.sock").exists() or not answers(engine):
-            if process.poll() is not None or time.monotonic() > deadline_s:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+            if process.returncode is not None or time.monotonic() > deadline_s:
                 raise EngineError(f"dockerd did not start: {log.read_text()[-4000:]}")
-            time.sleep(0.2)
         with egress(Path(f"/proc/{only_child(process.pid)}/ns/net")):
             yield engine
     finally:

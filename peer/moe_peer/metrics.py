@@ -241,8 +241,12 @@ class MetricsLog:
         kept = before(read_metrics(path), resume_step) if resume_step > 0 and path.exists() else []
         # Beside it and renamed: a crash here leaves the old file or the new one, never half of one.
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(f"{to_line(record)}\n" for record in kept), encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            partial.write_text("".join(f"{to_line(record)}\n" for record in kept), encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:  # a full disk, which the system's own message does not locate
+            partial.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error
         self.kept: tuple[Record, ...] = tuple(kept)
         """What a resumed run had measured before."""
         self._last_eval = max((r.step for r in kept if isinstance(r, EvalMetrics)), default=-1)

@@ -110,3 +110,14 @@ def test_a_disk_that_stays_full_takes_no_more_memory_than_its_limit(
 def test_a_bound_that_is_none_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_disk_that_is_full_at_a_resume_is_named_by_the_file_and_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for number in range(5):
+            log.write(step(number))
+    with full_at(1000), pytest.raises(OSError, match=f"File too large: '{path}'"):
+        MetricsLog(path, resume_step=5)
+    assert names(tmp_path) == ["metrics.jsonl"]
+    assert [r.step for r in read_metrics(path)] == [0, 1, 2, 3, 4]

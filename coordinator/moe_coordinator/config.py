@@ -149,6 +149,8 @@ class LocalOptions:
     """Text to train on; the trainer's own when absent."""
     text_field: str | None = None
     """The field of a record (JSON lines, Parquet, data sets) that is the text; `text` when absent."""
+    max_data_mib: int = 256
+    """Read no more text than this."""
     tokenizer: Path | None = None
     """The tokenizer.json of a --config whose tokenizer is a BPE; when absent, one is made, for all trainers."""
     out: Path = Path("runs/local")
@@ -159,6 +161,8 @@ class LocalOptions:
     """Encoding of activations and gradients; bf16 when absent."""
     resume: Path | None = None
     """The --out folder of an earlier local run, to go on from its last checkpoint."""
+    allow_fresh_experts: bool = False
+    """Resume although experts that were trained begin afresh, because the checkpoint lacks them."""
     base_port: int = 0
     """The coordinator listens here, the peers on the ports after it; 0: free ports."""
     ready_timeout_s: float = 120.0
@@ -175,8 +179,8 @@ class LocalOptions:
             raise ValueError(f"base_port={self.base_port}: the coordinator and {self.peers} peers need ports after it")
         if not all(0 < wait_s < math.inf for wait_s in (self.ready_timeout_s, self.grace_s)):
             raise ValueError("ready_timeout_s and grace_s must be positive numbers of seconds")
-        if self.sequences < 1 or (self.steps is not None and self.steps < 1):
-            raise ValueError("sequences and steps must be at least 1")
+        if self.sequences < 1 or (self.steps is not None and self.steps < 1) or self.max_data_mib < 1:
+            raise ValueError("sequences, steps and max_data_mib must be at least 1")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}: choose one of {', '.join(PRESETS)}")
         fixed = {"--preset": self.preset, "--seed": self.seed, "--wire": None if self.resume else self.wire}

@@ -37,8 +37,6 @@ from moe_net.signals import on_signals, stop_signals
 COORDINATOR = (sys.executable, "-m", "moe_coordinator.cli", "serve")
 PEER = (sys.executable, "-m", "moe_peer.cli", "serve")
 TRAINER = (sys.executable, "-m", "moe_peer.cli", "train")
-MAX_DATA_BYTES = 256 * 2**20
-"""What the trainers read, without an option of ours."""
 
 
 def main(options: LocalOptions) -> int:
@@ -66,7 +64,8 @@ def with_tokenizer(options: LocalOptions, run: RunConfig) -> tuple[RunConfig, Lo
             raise ValueError(
                 f"the run's tokenizer has the SHA-256 {run.tokenizer_sha256}: give its file by --tokenizer FILE"
             )
-        corpus = load_corpus(options.data, max_bytes=MAX_DATA_BYTES, text_field=options.text_field or "text")
+        max_bytes = options.max_data_mib * 2**20
+        corpus = load_corpus(options.data, max_bytes=max_bytes, text_field=options.text_field or "text")
         file = options.out / TOKENIZER
         made, sha256 = make_tokenizer(corpus, file, vocab_size=run.model.vocab_size)
         print(f"made a tokenizer for all trainers, {made.vocab_size} tokens: {file}", file=sys.stderr)
@@ -118,12 +117,15 @@ def trainer_spec(options: LocalOptions, run: RunConfig, index: int, *, join: str
         "--eval-every": options.eval_every,
         "--data": options.data,
         "--text-field": options.text_field,
+        "--max-data-mib": options.max_data_mib,
         "--tokenizer": options.tokenizer,
         "--resume": options.resume and trainer_folder(options.resume, index),
     }
     argv = [text for flag, value in settings.items() if value is not None for text in (flag, str(value))]
     if options.spread_replicas:
         argv.append("--spread-replicas")
+    if options.allow_fresh_experts:
+        argv.append("--allow-fresh-experts")
     return ChildSpec(
         name=f"trainer-{index}",
         argv=(*TRAINER, *argv),

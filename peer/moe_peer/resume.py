@@ -145,13 +145,16 @@ def compare_experts(
             f"{'; '.join(parts)}. They would begin afresh under a trunk that is trained: go on from an earlier "
             "checkpoint that has them, or with fresh experts by --allow-fresh-experts"
         )
-    if not behind and not ahead and not lost:
+    alive = [e for e in experts if e not in saved and live.get(e)]
+    if not behind and not ahead and not lost and not alive:
         return None
     parts = [
         f"{len(group)} {word} (up to {max(abs(now - then) for then, now in group.values())} steps)"
         for word, group in (("behind", behind), ("ahead", ahead))
         if group
     ]
+    if alive:  # they lived on, or began afresh since, with another trainer: only their versions tell
+        parts.append(f"{len(alive)} not in it (up to {max(live[e] for e in alive)} steps at the peers)")
     if lost or left:
         parts.append(f"{len(lost) + len(left)} begin afresh ({_few(sorted([*lost, *left]))})")
     detail = f"of {len(experts)} experts {', '.join(parts)}, seen from {path}: the losses will not be those of one run"

@@ -205,7 +205,9 @@ def test_experts_that_a_checkpoint_lacks_are_named_and_want_the_flag() -> None:
     with pytest.raises(CheckpointError, match="12 of 12 experts are not in"):
         compare_experts(path, {}, dict.fromkeys(EXPERTS, 0), EXPERTS, allow_fresh=False)
     # The swarm lived on and has it; or none was trained by then.
-    assert compare_experts(path, lacking, saved, EXPERTS, allow_fresh=False) is None
+    event = compare_experts(path, lacking, saved, EXPERTS, allow_fresh=False)
+    assert event is not None
+    assert "of 12 experts 1 not in it (up to 7 steps at the peers)" in event.detail
     untrained = dict.fromkeys(lacking, 0)
     assert compare_experts(path, untrained, dict.fromkeys(EXPERTS, 0), EXPERTS, allow_fresh=False) is None
 

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from moe_coordinator.config import RUN_FILE, LocalOptions, run_config, to_toml
+from moe_coordinator.local import trainer_spec
 from moe_net.config import RunConfig
 from moe_net.optim import OptimizerConfig
+from moe_peer.command_line import read_command_line
+from moe_peer.config import TrainConfig
 
 RUN = RunConfig(name="before", seed=5, optimizer=OptimizerConfig(total_steps=300), wire="fp32")
 
@@ -32,3 +35,14 @@ def test_a_run_that_is_resumed_may_have_another_wire_but_no_other_seed(tmp_path:
         LocalOptions(resume=tmp_path, seed=1)
     with pytest.raises(ValueError, match="--wire: the manifest"):
         LocalOptions(config=tmp_path / RUN_FILE, wire="int8")
+
+
+def test_what_a_trainer_asks_for_can_be_said_to_a_local_swarm(tmp_path: Path) -> None:
+    """The remedies that a trainer's messages name are options here, too."""
+    options = LocalOptions(text_field="body", max_data_mib=7, allow_fresh_experts=True, out=tmp_path)
+    argv = trainer_spec(options, RUN, 0, join="here:1", cores=1).argv
+    config = read_command_line([str(argument) for argument in argv[argv.index("train") :]])
+    assert isinstance(config, TrainConfig)
+    assert (config.text_field, config.max_data_mib, config.allow_fresh_experts) == ("body", 7, True)
+    with pytest.raises(ValueError, match="max_data_mib"):
+        LocalOptions(max_data_mib=0)

@@ -6,6 +6,7 @@ trainer-0/    of a local run; a trainer that was started alone has any name
             state.json             what this is, and the SHA-256 of every other file
             trunk.safetensors      parameters and buffers
             optimizer.safetensors  AdamW's moments and step counters
+            tokenizer.json         of a run whose tokenizer is a BPE
             experts/layer-003.safetensors   as in moe_net.wire.snapshot; `moe-peer serve --load` reads them
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 STATE = "state.json"
 TRUNK = "trunk.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+TOKENIZER = "tokenizer.json"
 ANY_STATE = f"step-N/{STATE}"
 """For messages: what is missing in a folder of checkpoints without one."""
 
@@ -47,7 +49,12 @@ def is_checkpoint(path: Path) -> bool:
 
 def newest_in(checkpoints: Path) -> Path | None:
     """None when there is none."""
-    return max(filter(is_checkpoint, checkpoints.glob("step-*")), default=None)
+    return max(whole_ones(checkpoints), default=None)
+
+
+def whole_ones(checkpoints: Path) -> list[Path]:
+    """Ascending by step."""
+    return sorted(filter(is_checkpoint, checkpoints.glob("step-*")))
 
 
 def after(checkpoints: Path, step: int) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,7 +36,10 @@ class RunConfig:
     wire: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
     """Encoding of activations and gradients between trainers and peers."""
     tokenizer: Literal["bytes", "bpe"] = "bytes"
-    """Bytes, or a BPE trained on the corpus (its size is `model.vocab_size`)."""
+    """Bytes, or a BPE of up to `model.vocab_size` tokens."""
+    tokenizer_sha256: str | None = None
+    """Of the BPE's file, which `moe-peer tokenizer` makes and every trainer is given. Without it, a run of one trainer
+    has a BPE of that trainer's text."""
     record_ttl_s: float = 30.0
     """Life of a peer's record in the DHT; peers refresh it after a third of that."""
 
@@ -44,6 +48,11 @@ class RunConfig:
             raise ValueError("global_batch_tokens must be at least 1")
         if not self.name or not 0 < self.record_ttl_s < float("inf"):
             raise ValueError("name must not be empty, and record_ttl_s positive")
+        if self.tokenizer_sha256 is not None:
+            if self.tokenizer != "bpe":
+                raise ValueError(f'tokenizer_sha256 is of a BPE\'s file, and tokenizer is "{self.tokenizer}"')
+            if not re.fullmatch("[0-9a-f]{64}", self.tokenizer_sha256):
+                raise ValueError(f"tokenizer_sha256={self.tokenizer_sha256!r} is not 64 hexadecimal digits")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is not in 0..2**63-1")
 

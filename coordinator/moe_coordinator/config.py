@@ -147,6 +147,12 @@ class LocalOptions:
     """Steps between evaluations; the trainer's default when absent."""
     data: Path | None = None
     """Text to train on; the trainer's own when absent."""
+    text_field: str | None = None
+    """The field of a record (JSON lines, Parquet, data sets) that is the text; `text` when absent."""
+    max_data_mib: int = 256
+    """Read no more text than this."""
+    tokenizer: Path | None = None
+    """The tokenizer.json of a --config whose tokenizer is a BPE; when absent, one is made, for all trainers."""
     out: Path = Path("runs/local")
     """Folder for run.toml, logs and each trainer's results."""
     seed: int | None = None
@@ -155,6 +161,8 @@ class LocalOptions:
     """Encoding of activations and gradients; bf16 when absent."""
     resume: Path | None = None
     """The --out folder of an earlier local run, to go on from its last checkpoint."""
+    allow_fresh_experts: bool = False
+    """Resume although experts that were trained begin afresh, because the checkpoint lacks them."""
     base_port: int = 0
     """The coordinator listens here, the peers on the ports after it; 0: free ports."""
     ready_timeout_s: float = 120.0
@@ -171,11 +179,11 @@ class LocalOptions:
             raise ValueError(f"base_port={self.base_port}: the coordinator and {self.peers} peers need ports after it")
         if not all(0 < wait_s < math.inf for wait_s in (self.ready_timeout_s, self.grace_s)):
             raise ValueError("ready_timeout_s and grace_s must be positive numbers of seconds")
-        if self.sequences < 1 or (self.steps is not None and self.steps < 1):
-            raise ValueError("sequences and steps must be at least 1")
+        if self.sequences < 1 or (self.steps is not None and self.steps < 1) or self.max_data_mib < 1:
+            raise ValueError("sequences, steps and max_data_mib must be at least 1")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}: choose one of {', '.join(PRESETS)}")
-        fixed = {"--preset": self.preset, "--seed": self.seed, "--wire": self.wire}
+        fixed = {"--preset": self.preset, "--seed": self.seed, "--wire": None if self.resume else self.wire}
         given = [flag for flag, value in fixed.items() if value is not None]
         if given and (self.config or self.resume):
             source = "--config" if self.config else f"{RUN_FILE} of --resume"
@@ -185,9 +193,16 @@ class LocalOptions:
 
 
 def run_config(options: LocalOptions) -> RunConfig:
-    """The manifest of a local swarm: that of --config or --resume, else one from preset, steps, sequences and seed."""
-    if options.config or options.resume:
-        return load_toml(RunConfig, options.config or Path(options.resume or "") / RUN_FILE)
+    """The manifest of a local swarm: that of --config or --resume, else one from preset, steps, sequences and seed.
+
+    More --steps than those of the manifest prolong a run that is resumed, and its learning rates' schedule with it.
+    """
+    if options.config:
+        return load_toml(RunConfig, options.config)
+    if options.resume:
+        run = load_toml(RunConfig, options.resume / RUN_FILE)
+        total_steps = max(run.optimizer.total_steps, options.steps or 0)
+        return replace(run, wire=options.wire or run.wire, optimizer=replace(run.optimizer, total_steps=total_steps))
     model = PRESETS[options.preset or "tiny"]
     return RunConfig(
         name="demo",

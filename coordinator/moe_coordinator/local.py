@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
@@ -25,8 +26,10 @@ from moe_coordinator.config import (
 from moe_coordinator.faults import FaultPlan
 from moe_coordinator.laboratory import Laboratory
 from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supervisor, describe_exit
-from moe_net.checkpoint_folder import trainer_folder
+from moe_net.checkpoint_folder import TOKENIZER, trainer_folder
 from moe_net.config import RunConfig
+from moe_net.data.corpus import load_corpus
+from moe_net.data.vocabulary import make_tokenizer, sha256_of, tokenizer_of_run
 from moe_net.folder import alone_in
 from moe_net.machine import processors
 from moe_net.signals import on_signals, stop_signals
@@ -44,10 +47,33 @@ def main(options: LocalOptions) -> int:
     if options.resume:
         newest_checkpoint(options.resume)  # a folder without one is refused before anything starts
     with alone_in(options.out):
+        run, options = with_tokenizer(options, run)
         (options.out / RUN_FILE).write_text(to_toml(run))
         # Whom an earlier swarm's coordinator met is not here any more.
         shutil.rmtree(coordinator_state(options), ignore_errors=True)
         return uvloop.run(LocalSwarm(options, run, specs, faults).run())
+
+
+def with_tokenizer(options: LocalOptions, run: RunConfig) -> tuple[RunConfig, LocalOptions]:
+    """The run with its tokenizer's SHA-256, and the options with its file, made if there is none: one vocabulary for
+    all trainers. A resume has it in its checkpoints. ValueError when the file is not the run's."""
+    if options.tokenizer is None:
+        if run.tokenizer == "bytes" or options.resume is not None:
+            return run, options
+        if run.tokenizer_sha256 is not None:
+            raise ValueError(
+                f"the run's tokenizer has the SHA-256 {run.tokenizer_sha256}: give its file by --tokenizer FILE"
+            )
+        max_bytes = options.max_data_mib * 2**20
+        corpus = load_corpus(options.data, max_bytes=max_bytes, text_field=options.text_field or "text")
+        file = options.out / TOKENIZER
+        made, sha256 = make_tokenizer(corpus, file, vocab_size=run.model.vocab_size)
+        print(f"made a tokenizer for all trainers, {made.vocab_size} tokens: {file}", file=sys.stderr)
+        return replace(run, tokenizer_sha256=sha256), replace(options, tokenizer=file)
+    if run.tokenizer == "bytes":
+        raise ValueError(f"tokenizer: the run's tokens are bytes; {options.tokenizer} has no place in it")
+    _, data = tokenizer_of_run(options.tokenizer, run.tokenizer_sha256)
+    return replace(run, tokenizer_sha256=sha256_of(data)), options
 
 
 def coordinator_spec(options: LocalOptions) -> ChildSpec:
@@ -90,11 +116,16 @@ def trainer_spec(options: LocalOptions, run: RunConfig, index: int, *, join: str
         "--micro-batches": options.micro_batches,
         "--eval-every": options.eval_every,
         "--data": options.data,
+        "--text-field": options.text_field,
+        "--max-data-mib": options.max_data_mib,
+        "--tokenizer": options.tokenizer,
         "--resume": options.resume and trainer_folder(options.resume, index),
     }
     argv = [text for flag, value in settings.items() if value is not None for text in (flag, str(value))]
     if options.spread_replicas:
         argv.append("--spread-replicas")
+    if options.allow_fresh_experts:
+        argv.append("--allow-fresh-experts")
     return ChildSpec(
         name=f"trainer-{index}",
         argv=(*TRAINER, *argv),
@@ -204,6 +235,8 @@ class LocalSwarm:
         if event["event"] == "step" and child is self._trainers[0]:
             assert self._laboratory is not None
             self._laboratory.on_step(event["step"])
+        elif event["event"] == "text" and child is self._trainers[0] and len(self._trainers) > 1:
+            self._say(f"text: {event['summary']}")  # one trainer alone has the terminal, and says it itself
 
     def _on_exit(self, child: Child, code: int) -> None:
         if child in self._trainers:

@@ -6,13 +6,18 @@ A text is UTF-8 without NUL bytes, so that NUL can stand between two documents o
 from __future__ import annotations
 
 import hashlib
-import os
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-SEPARATOR = b"\0"
+from moe_net.data.files import FoundFile, find_files
+from moe_net.data.formats import parts_of
+from moe_net.data.part import NUL, Part, fault_of
+from moe_net.data.reading import Reading
+
+SEPARATOR = NUL
 """Stands after every document of a stream; no document has it inside."""
 
 HELD_OUT_SHARE = 0.05
@@ -21,7 +26,6 @@ HELD_OUT_SHARE = 0.05
 _SHARE_BOUNDS = (0.02, 0.12)
 _CHUNK_EVERY = round(1 / HELD_OUT_SHARE)
 _CHUNK_BYTES = 16 * 1024
-_SNIFF_BYTES = 8 * 1024
 
 # Tests repeat themselves, idlelib and lib2to3 are applications; encodings and pydoc_data are tables (2 MB of 10)
 # that a language model of source code learns nothing from; what `_sysconfigdata` says differs from build to build.
@@ -48,6 +52,8 @@ class Corpus:
     held_out: tuple[Document, ...]
     fingerprint: str
     """SHA-256 over names, texts and split: trainers of one run, and a resumed trainer, must see the same."""
+    summary: str = ""
+    """What of the files was read and what was left out, for people; empty when it came from none."""
 
 
 def join(documents: Sequence[Document]) -> bytes:
@@ -63,35 +69,17 @@ def _digest(*parts: bytes) -> bytes:
     return state.digest()
 
 
-def _is_text(start: bytes, *, whole: bool) -> bool:
-    if not start or SEPARATOR in start:
-        return False
-    try:
-        start.decode()
-    except UnicodeDecodeError as error:
-        # A start may end within a character of up to 4 bytes; the whole text may not.
-        return not whole and error.start > len(start) - 4
-    return True
+def _file_digest(file: FoundFile) -> bytes:
+    """`_digest` of all its bytes, without holding them; of nothing when it cannot be read."""
+    state = hashlib.sha256(file.size_bytes.to_bytes(8, "little"))
+    with suppress(OSError), file.path.open("rb") as opened:
+        while piece := opened.read(_CHUNK_BYTES):
+            state.update(piece)
+    return state.digest()
 
 
-def _read_text(path: Path) -> bytes | None:
-    """The text at `path`, or None when it is none; of a large binary file only the start is read."""
-    with path.open("rb") as file:
-        start = file.read(_SNIFF_BYTES)
-        if not _is_text(start, whole=False):
-            return None
-        text = start + file.read()
-    return text if _is_text(text, whole=True) else None
-
-
-def _files(root: Path, *, suffix: str = "", without: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Regular files below `root`; no hidden ones, no links out of the tree, none in folders called as in `without`."""
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if name not in without and not name.startswith("."))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name.endswith(suffix) and not name.startswith(".") and path.is_file() and not path.is_symlink():
-                yield path
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _cut_at(text: bytes, begin: int, limit: int) -> int:
@@ -106,34 +94,68 @@ def _cut_at(text: bytes, begin: int, limit: int) -> int:
     return limit
 
 
-def _load(root: Path, paths: Sequence[Path], max_bytes: int | None) -> list[Document]:
-    """Texts by name; with `max_bytes`, of documents drawn by the hash of their name, the last one cut to fit."""
-    named = [(path.relative_to(root).as_posix() if path != root else path.name, path) for path in paths]
+def _load(files: Sequence[FoundFile], max_bytes: int | None, text_field: str) -> tuple[list[Document], Reading]:
+    """Texts by name; with `max_bytes`, of files drawn by the hash of their name, the last text cut to fit."""
     if max_bytes is not None:
-        named.sort(key=lambda item: _digest(item[0].encode("utf-8", "surrogateescape")))
-    seen: set[bytes] = set()
-    documents: list[Document] = []
-    room = max_bytes
-    for name, path in named:
-        if room is not None and room <= 0:
+        files = sorted(files, key=lambda file: _digest(_bytes(file.name)))
+    found_bytes = sum(file.size_bytes for file in files)
+    reading = Reading(found_files=len(files), found_bytes=found_bytes, limit_bytes=max_bytes)
+    reader = _Reader(reading=reading, text_field=text_field, room=max_bytes)
+    for file in files:
+        if reader.room == 0:
             break
-        text = _read_text(path)
-        if text is None:
-            continue
-        digest = _digest(text)
-        if digest in seen:  # A copy on the other side of the split would make the held-out loss a lie.
-            continue
-        seen.add(digest)
-        if room is not None and len(text) > room:
-            text = text[: _cut_at(text, 0, room)]
+        reader.read(file)
+    reading.limit_reached = reader.room == 0
+    return sorted(reader.documents, key=lambda document: document.name), reading
+
+
+class _Reader:
+    """Documents of files, one file after the other, until the room is used up."""
+
+    def __init__(self, *, reading: Reading, text_field: str, room: int | None) -> None:
+        self.documents: list[Document] = []
+        self.room = room
+        self._reading = reading
+        self._text_field = text_field
+        self._seen: set[bytes] = set()
+        self._sizes: set[int] = set()
+
+    def read(self, file: FoundFile) -> None:
+        copy = "a copy of another text"
+        # Of a longer one only the beginning would be read, and that is no copy of anything.
+        is_cut = self.room is not None and file.size_bytes > self.room
+        if is_cut and file.size_bytes in self._sizes and _file_digest(file) in self._seen:
+            self._reading.leave(file.name, copy, file.size_bytes, is_fault=False)
+            return
+        before = len(self.documents)
+        for part in parts_of(file, text_field=self._text_field, limit_bytes=self.room):
+            digest = _digest(part.text)
+            if part.reason:
+                self._reading.leave(file.name, part.reason, part.size_bytes, where=part.where, is_fault=part.is_fault)
+            elif digest in self._seen:  # On the other side of the split it would make the held-out loss a lie.
+                self._reading.leave(file.name, copy, part.size_bytes, where=part.where, is_fault=False)
+            else:
+                self._seen.add(digest)
+                self._sizes.add(len(part.text))
+                if not self._keep(part):
+                    break
+        self._reading.read_files += len(self.documents) > before
+
+    def _keep(self, part: Part) -> bool:
+        """False once there is no room for more."""
+        text, size_bytes = part.text, part.size_bytes
+        if self.room is not None and len(text) > self.room:
+            text = text[: _cut_at(text, 0, self.room)]
+            self.room = 0
             # Half a line is worth having only when it is all there is.
-            if not text or (documents and not text.endswith(b"\n")):
-                break
-            room = len(text)
-        if room is not None:
-            room -= len(text)
-        documents.append(Document(name=name, text=text))
-    return sorted(documents, key=lambda document: document.name)
+            if not text or (self.documents and not text.endswith(b"\n")):
+                return False
+            size_bytes = size_bytes * len(text) // len(part.text)
+        elif self.room is not None:
+            self.room -= len(text)
+        self._reading.read_bytes += size_bytes
+        self.documents.append(Document(name=part.name, text=text))
+        return self.room is None or self.room > 0
 
 
 def _chunks(documents: Sequence[Document]) -> Iterator[Document]:
@@ -169,8 +191,8 @@ def _split(documents: Sequence[Document]) -> tuple[list[Document], list[Document
 def from_documents(documents: Sequence[Document], *, name: str) -> Corpus:
     """A corpus of texts that are in memory already; ValueError when there is too little to hold a part out."""
     for document in documents:
-        if document.text and not _is_text(document.text, whole=True):
-            raise ValueError(f"{name}: {document.name} is not UTF-8 text without NUL bytes")
+        if fault := fault_of(document.text):
+            raise ValueError(f"{name}: {document.name} is no text: {fault}")
     documents = [document for document in documents if document.text]
     if not documents:
         raise ValueError(f"{name}: no text found (UTF-8 without NUL bytes is read, hidden files are not)")
@@ -180,38 +202,51 @@ def from_documents(documents: Sequence[Document], *, name: str) -> Corpus:
         raise ValueError(f"{name}: too little text to hold a part out ({total} bytes); give more")
     sides = [(b"train", train), (b"held-out", held_out)]
     parts = [
-        part
-        for side, members in sides
-        for document in members
-        for part in (side, document.name.encode("utf-8", "surrogateescape"), document.text)
+        part for side, members in sides for document in members for part in (side, _bytes(document.name), document.text)
     ]
     return Corpus(name=name, train=tuple(train), held_out=tuple(held_out), fingerprint=_digest(*parts).hex())
 
 
-def load_corpus(path: Path | None = None, *, max_bytes: int | None = None) -> Corpus:
+def load_corpus(path: Path | None = None, *, max_bytes: int | None = None, text_field: str = "text") -> Corpus:
     """The text file at `path`, every text file below it (recursively), or without `path` the standard library.
 
     About 5 % of the text is held out: whole documents where there are many, every 20th chunk where there are few.
-    `max_bytes` limits what is read; which documents then belong is decided by their names, not by the file system.
+    `max_bytes` limits what is read; which files then belong is decided by their names, not by the file system.
+    Of JSON lines, Parquet and Arrow files (data sets of Hugging Face's `datasets`) each `text_field` is a document.
     The standard library differs between Python versions: `Corpus.fingerprint` tells.
-    ValueError says when there is no text at `path`.
+    ValueError says when there is no text at `path`, and why not when most of it cannot be read.
     """
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes={max_bytes} must be at least 1")
     if path is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
         files = [
             file
-            for file in _files(root, suffix=".py", without=_STDLIB_WITHOUT)
-            if not file.name.startswith("_sysconfigdata") and not file.parent.name.startswith("config-")
+            for file in find_files(Path(sysconfig.get_paths()["stdlib"]), without=_STDLIB_WITHOUT)
+            if file.path.suffix == ".py"
+            and not file.path.name.startswith("_sysconfigdata")
+            and not file.path.parent.name.startswith("config-")
         ]
         name = "python-stdlib"
         if not files:
             raise ValueError("this Python has no source of its standard library: give a file or folder of text")
     else:
-        root = path.resolve()
-        if not root.exists():
+        if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        files = [root] if root.is_file() else list(_files(root))
-        name = root.name
-    return from_documents(_load(root, files, max_bytes), name=name)
+        files, name = _found(path)
+    documents, reading = _load(files, max_bytes, text_field)
+    if 2 * reading.faulty_bytes > reading.found_bytes:
+        raise ValueError(
+            f"{name}: most of the text cannot be used: {reading}. Mend that, or give a file or folder without it"
+        )
+    if not documents and files:
+        raise ValueError(f"{name}: no text found: {reading}")
+    return replace(from_documents(documents, name=name), summary=str(reading))
+
+
+def _found(path: Path) -> tuple[list[FoundFile], str]:
+    if path.is_dir():
+        root = path.resolve()
+        return find_files(root), root.name
+    # A link's own name: that of what it leads to may lack the suffix.
+    fault = "" if path.is_file() else "neither a file nor a folder"
+    return [FoundFile(name=path.name, path=path, size_bytes=path.stat().st_size, fault=fault)], path.name

@@ -165,6 +165,6 @@ def load_tokenizer(path: Path) -> ByteTokenizer | BpeTokenizer:
     kind = values.get("kind") if isinstance(values, dict) else None
     if kind == "bytes":
         return ByteTokenizer()
-    if kind == "bpe":
+    if kind == "bpe" and "tokenizer" in values:
         return BpeTokenizer.from_json(json.dumps(values["tokenizer"]))
     raise ValueError(f"{path}: not a tokenizer of this library (kind={kind!r})")

@@ -23,6 +23,7 @@ from moe_net.checkpoint_folder import (
     ANY_STATE,
     OPTIMIZER,
     STATE,
+    TOKENIZER,
     TRUNK,
     after,
     all_checkpoints_of,
@@ -32,6 +33,7 @@ from moe_net.checkpoint_folder import (
     expert_files,
     is_checkpoint,
     newest_in,
+    whole_ones,
 )
 from moe_net.config import RunConfig, from_json, to_json
 from moe_net.errors import CheckpointError
@@ -69,16 +71,17 @@ def save_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     experts: dict[str, Tensor],
+    tokenizer: bytes | None = None,
 ) -> Path:
     """Write the checkpoint of `meta.step` to `folder`, whole or not at all; returns its path. `experts` may lack those
-    nobody answered for.
+    nobody answered for; `tokenizer` is the file of a run's BPE.
 
     CheckpointError when it cannot be written (a full disk).
     """
     final = checkpoint_at(folder, meta.step)
     partial = folder / f".{final.name}.partial"
     try:
-        _write(partial, meta, model, optimizer, experts)
+        _write(partial, meta, model, optimizer, experts, tokenizer)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         _flush(folder)
@@ -94,9 +97,12 @@ def _write(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     experts: dict[str, Tensor],
+    tokenizer: bytes | None,
 ) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    if tokenizer is not None:
+        (partial / TOKENIZER).write_bytes(tokenizer)
     save_file({k: v.contiguous() for k, v in _trunk(model).items()}, partial / TRUNK)
     save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER)
     layers: dict[int, dict[str, Tensor]] = {}
@@ -157,6 +163,27 @@ def set_aside_later(folder: Path, step: int) -> None:
         aside = folder / f"replaced-{path.name}"
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
+
+
+def remove_old(folder: Path, *, keep: int, limit_bytes: float) -> None:
+    """Remove the oldest checkpoints in `folder` until there are no more than `keep`, of no more than `limit_bytes` in
+    all (0: any number, any size). The newest whole one stays, whatever its size.
+
+    Nothing else may write there. CheckpointError when one cannot be removed.
+    """
+    whole = whole_ones(folder)
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in whole}
+    for path in whole[:-1]:
+        if not (0 < keep < len(sizes) or 0 < limit_bytes < sum(sizes.values())):
+            break
+        del sizes[path]
+        aside = folder / f".{path.name}.partial"  # at no moment half a checkpoint that looks whole
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+            shutil.rmtree(aside)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be removed: {error}") from error
 
 
 def read_meta(path: Path) -> CheckpointMeta:

@@ -13,10 +13,10 @@ from moe_net.config import load_toml
 from moe_net.errors import MoeNetError
 from moe_net.garbage import tune_collector
 from moe_net.rpc.poller import choose_poller
-from moe_peer.config import HealthConfig, ServeConfig, TrainConfig
+from moe_peer.config import HealthConfig, ServeConfig, TokenizerConfig, TrainConfig
 
-DESCRIPTION = "Host experts of a run, train its trunk, or ask whether a member is well."
-COMMANDS: dict[str, type[Any]] = {"serve": ServeConfig, "train": TrainConfig}
+DESCRIPTION = "Host experts of a run, train its trunk, make its tokenizer, or ask whether a member is well."
+COMMANDS: dict[str, type[Any]] = {"serve": ServeConfig, "train": TrainConfig, "tokenizer": TokenizerConfig}
 
 
 def run_command(arguments: list[str] | None = None) -> int:
@@ -24,6 +24,10 @@ def run_command(arguments: list[str] | None = None) -> int:
     refused or a member is not well, 2 for a user's mistake."""
     try:
         config = read_command_line(sys.argv[1:] if arguments is None else arguments)
+        if isinstance(config, TokenizerConfig):
+            from moe_peer.tokenizer import run_tokenizer
+
+            return run_tokenizer(config)
         choose_poller()
         # Imported here, so that --help starts neither torch nor grpc nor an event loop.
         if isinstance(config, ServeConfig):
@@ -44,7 +48,7 @@ def run_command(arguments: list[str] | None = None) -> int:
         return 1 if isinstance(error, MoeNetError) else 2
 
 
-def read_command_line(arguments: list[str]) -> ServeConfig | TrainConfig | HealthConfig:
+def read_command_line(arguments: list[str]) -> ServeConfig | TrainConfig | TokenizerConfig | HealthConfig:
     """Options over those of the TOML file of `--config`, over the defaults. ValueError names the file's mistakes."""
     command = arguments[0] if arguments else ""
     file = _config_file(arguments)

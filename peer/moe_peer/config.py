@@ -126,9 +126,14 @@ class TrainConfig:
     """Folder for metrics.jsonl, loss.png and checkpoints. A new training in a used one renames what the earlier one
     measured and saved there to replaced-*."""
     data: Path | None = None
-    """File or folder of text; without it, the source of Python's standard library."""
+    """File or folder of text, JSON lines (.jsonl, .ndjson, also .gz of these), Parquet, or data sets that `datasets` of
+    Hugging Face saved; without it, the source of Python's standard library. What of it is left out is said."""
+    text_field: str = "text"
+    """The field of a record (JSON lines, Parquet, data sets) that is the text."""
     max_data_mib: int = 256
     """Read no more text than this."""
+    tokenizer: Path | None = None
+    """The run's tokenizer.json, where its tokenizer is a BPE; a resume takes it from the checkpoint."""
     steps: int = 300
     """Stop after this step of the run (resumed steps included)."""
     trainer_index: int = 0
@@ -149,13 +154,18 @@ class TrainConfig:
     """Batches of 16 held-out sequences in an evaluation."""
     checkpoint_every: int = 100
     """Steps between checkpoints; 0: only one, at the end."""
+    keep_checkpoints: int = 3
+    """How many checkpoints stay in --out, the newest ones; 0: all."""
+    keep_checkpoints_gib: float = 0.0
+    """How much they may take together; the newest one stays whatever its size. 0: any size."""
     resume: Path | None = None
     """Go on from a checkpoint: its folder, or the --out folder of an earlier training (the newest one in it)."""
     go_on: bool = False
     """Go on from the newest checkpoint in --out, if there is one; otherwise begin. The same command begins a training,
     comes back to it, and has nothing to do once it is over."""
     allow_fresh_experts: bool = False
-    """Resume although the experts of all peers are fresh; otherwise refused, for they need --load to go on."""
+    """Resume although experts begin afresh that were trained: at peers that did not --load them, or because nobody
+    answered for them when the checkpoint was made. Otherwise refused."""
     sample_tokens: int = 240
     """Length of the sample written at the end."""
     threads: int | None = None
@@ -199,8 +209,10 @@ class TrainConfig:
         self.cuts  # noqa: B018  contradictions are found now
         if not 0 <= self.max_dropped_fraction <= 1:
             raise ValueError("max_dropped_fraction must be in 0..1")
-        if min(self.checkpoint_every, self.max_staleness, self.sample_tokens) < 0:
-            raise ValueError("checkpoint_every, max_staleness and sample_tokens must not be negative")
+        if min(self.checkpoint_every, self.max_staleness, self.sample_tokens, self.keep_checkpoints) < 0:
+            raise ValueError("checkpoint_every, keep_checkpoints, max_staleness and sample_tokens must not be negative")
+        if not 0 <= self.keep_checkpoints_gib < math.inf:
+            raise ValueError(f"keep_checkpoints_gib={self.keep_checkpoints_gib} must be a number, and not negative")
         for name in ("wait_s", "call_timeout_s", "fetch_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -212,6 +224,30 @@ class TrainConfig:
     def cuts(self) -> tuple[Cut, ...]:
         """What `micro_batches` and `in_flight` leave open."""
         return open_cuts(sequences=self.sequences, micro_batches=self.micro_batches, in_flight=self.in_flight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerConfig:
+    """Make the vocabulary of a run: a BPE, once, for all of its trainers. Prints what belongs into the run's TOML."""
+
+    config: Path | None = None
+    """TOML file with any of these options; what stands on the command line wins."""
+    data: Path | None = None
+    """File or folder of text, as of `train`; without it, the source of Python's standard library."""
+    text_field: str = "text"
+    """The field of a record (JSON lines, Parquet, data sets) that is the text."""
+    max_data_mib: int = 256
+    """Read no more text than this."""
+    vocab_size: int = 4096
+    """Tokens, the 256 bytes included; model.vocab_size of the run must have room for them."""
+    out: Path = Path("tokenizer.json")
+    """The file to write."""
+
+    def __post_init__(self) -> None:
+        if self.max_data_mib < 1:
+            raise ValueError(f"max_data_mib must be at least 1, not {self.max_data_mib}")
+        if not 256 <= self.vocab_size <= 2**24:
+            raise ValueError(f"vocab_size={self.vocab_size} is not in 256..{2**24}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -219,8 +219,14 @@ def before(records: Iterable[Record], step: int) -> list[Record]:
     return [r for r in records if (r.step <= step if isinstance(r, EvalMetrics) else r.step < step)]
 
 
+WAITING_LIMIT_BYTES = 2**24
+"""Memory for records that a full disk does not take: those of some 20,000 steps."""
+
+
 class MetricsLog:
     """A JSONL file of records; each is on disk (as far as the system cares) when `write` returns. Any thread writes.
+
+    What a full disk does not take waits in memory, and is written as soon as there is room again.
 
     A resumed trainer gives the step it goes on with: what the file says of that step and later ones is taken out
     first, for these steps are made once more.
@@ -235,24 +241,55 @@ class MetricsLog:
         kept = before(read_metrics(path), resume_step) if resume_step > 0 and path.exists() else []
         # Beside it and renamed: a crash here leaves the old file or the new one, never half of one.
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(f"{to_line(record)}\n" for record in kept), encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            partial.write_text("".join(f"{to_line(record)}\n" for record in kept), encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:  # a full disk, which the system's own message does not locate
+            partial.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error
         self.kept: tuple[Record, ...] = tuple(kept)
         """What a resumed run had measured before."""
         self._last_eval = max((r.step for r in kept if isinstance(r, EvalMetrics)), default=-1)
         self._lock = threading.Lock()
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._waiting = bytearray()
+        self._failed = False
+        self._left_out = 0
 
-    def write(self, record: Record) -> None:
-        """Append it; an evaluation that stands there already (made again after a resume) is left out."""
+    def write(self, record: Record) -> FaultEvent | None:
+        """Append it; an evaluation that stands there already (made again after a resume) is left out. An event, once,
+        when it cannot be written, and once it can be again."""
         with self._lock:
             if isinstance(record, EvalMetrics):
                 if record.step <= self._last_eval:
-                    return
+                    return None
                 self._last_eval = record.step
-            self._file.write(to_line(record) + "\n")
+            line = f"{to_line(record)}\n".encode()
+            if len(self._waiting) + len(line) <= WAITING_LIMIT_BYTES:
+                self._waiting += line
+            else:
+                self._left_out += 1
+            return self._flush()
+
+    def _flush(self) -> FaultEvent | None:
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            if self._failed:
+                return None
+            self._failed = True
+            detail = f"{self._file.name}: {error.strerror}; what is measured waits in memory until there is room"
+            return FaultEvent(what="metrics_not_written", action="going_on", detail=detail)
+        if not self._failed:
+            return None
+        self._failed = False
+        lost, self._left_out = self._left_out, 0
+        detail = f"{self._file.name} has room again" + (f"; {lost} records are not in it" if lost else "")
+        return FaultEvent(what="metrics_written", action="going_on", detail=detail)
 
     def close(self) -> None:
+        self._flush()
         self._file.close()
 
     def __enter__(self) -> MetricsLog:

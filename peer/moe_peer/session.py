@@ -26,7 +26,7 @@ from moe_net.model.generate import generate
 from moe_net.rpc.policy import DropWindow
 from moe_net.rpc.swarm import SwarmStats
 from moe_net.trace import FaultEvent
-from moe_peer.checkpoint import CheckpointMeta, completed, save_checkpoint
+from moe_peer.checkpoint import CheckpointMeta, completed, remove_old, save_checkpoint
 from moe_peer.config import TrainConfig
 from moe_peer.display import TrainDisplay
 from moe_peer.metrics import EvalMetrics, Event, MetricsLog, Record, StepMetrics, load_evenness, to_line
@@ -66,7 +66,9 @@ class Session:
 
     def note(self, record: Record) -> None:
         self.records.append(record)
-        self.metrics.write(record)
+        event = self.metrics.write(record)
+        if event is not None:
+            self.faults.append(event)
         self.display.show(record)
         if not isinstance(record, Event):
             say(to_line(record))
@@ -217,9 +219,17 @@ class Session:
         self.faults += faults
         meta = checkpoint_meta(self.config, self.text, self.trainer)
         self.last_checkpoint = save_checkpoint(
-            checkpoints_of(self.config.out), meta, self.trainer.model, self.trainer.optimizer, experts
-        )
+            checkpoints_of(self.config.out), meta, self.trainer.model, self.trainer.optimizer, experts,
+            tokenizer=self.text.tokenizer_file,
+        )  # fmt: skip
         self.saved_step = meta.step
+        try:
+            remove_old(
+                checkpoints_of(self.config.out), keep=self.config.keep_checkpoints,
+                limit_bytes=self.config.keep_checkpoints_gib * 2**30,
+            )  # fmt: skip
+        except CheckpointError as error:
+            self.faults.append(FaultEvent(what="checkpoint_kept", action="going_on", detail=str(error)))
         return self.last_checkpoint
 
     def checkpoint_on_the_way(self) -> None:
@@ -252,10 +262,14 @@ class Session:
 
     def report(self) -> None:
         """Files and tables of the whole training."""
-        report = write_report(
-            self.records, self.config.out, title=self.run.name, bigram_nats_per_byte=self.text.bigram_nats_per_byte
-        )
-        print(report.summary, file=sys.stderr)
+        try:
+            report = write_report(
+                self.records, self.config.out, title=self.run.name, bigram_nats_per_byte=self.text.bigram_nats_per_byte
+            )
+        except OSError as error:  # a disk that is full: what was learned is saved, or was said not to be
+            print(f"the report cannot be written: {error}", file=sys.stderr)
+        else:
+            print(report.summary, file=sys.stderr)
 
     def sample(self) -> str:
         """The model's own writing, from a fixed beginning and a fixed seed. CancelledError when asked to stop."""

@@ -22,7 +22,7 @@ from moe_peer.checkpoint import read_meta, saved_versions, set_aside_later
 from moe_peer.config import TrainConfig
 from moe_peer.display import TrainDisplay
 from moe_peer.metrics import EvalMetrics, MetricsLog
-from moe_peer.resume import compare_experts, live_versions, resume_trunk
+from moe_peer.resume import checkpoint_to_resume, compare_experts, live_versions, resume_trunk
 from moe_peer.session import Session, checkpoint_meta, say
 from moe_peer.stopping import Stop, Waits
 from moe_peer.text import Text, load_text
@@ -82,7 +82,11 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: Stop,
         raise ValueError(
             f"min_experts_per_token={config.min_experts_per_token}, but a layer of the run has {run.model.n_experts}"
         )
-    text = load_text(config, run, config.out / "tokenizer.json")
+    resumed = None if config.resume is None else checkpoint_to_resume(config.resume)
+    text = load_text(config, run, resumed)
+    if config.data is not None:
+        say(json.dumps({"event": "text", "summary": text.corpus.summary}))
+        print(f"text: {text.corpus.summary}", file=sys.stderr)
     batches = Batches(
         text.train,
         seq_len=run.model.seq_len,
@@ -98,7 +102,8 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: Stop,
         n_micro=first.micro_batches, in_flight=first.in_flight, choices=config.cuts,
     )  # fmt: skip
     stack.enter_context(trainer)
-    resumed = None if config.resume is None else _resume(config, config.resume, text, trainer, member, faults)
+    if resumed is not None:
+        _resume(config, resumed, text, trainer, member, faults)
     set_aside_later(checkpoints_of(config.out), trainer.step)
     metrics = stack.enter_context(MetricsLog(config.out / "metrics.jsonl", resume_step=trainer.step))
     display = stack.enter_context(
@@ -117,15 +122,14 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: Stop,
 
 
 def _resume(
-    config: TrainConfig, folder: Path, text: Text, trainer: Trainer, member: Membership, faults: list[FaultEvent]
-) -> Path:
-    """Go on from the newest checkpoint in `folder`; its path."""
-    path = resume_trunk(folder, trainer, checkpoint_meta(config, text, trainer))
+    config: TrainConfig, path: Path, text: Text, trainer: Trainer, member: Membership, faults: list[FaultEvent]
+) -> None:
+    """Go on from the checkpoint at `path`."""
+    changed = resume_trunk(path, trainer, checkpoint_meta(config, text, trainer))
     live = member.link.runner.run(live_versions(member.directory.view, member.transport))
-    event = compare_experts(path, saved_versions(path), live, allow_fresh=config.allow_fresh_experts)
-    if event is not None:
-        faults.append(event)
-    return path
+    experts = trainer.run.model.expert_ids
+    differ = compare_experts(path, saved_versions(path), live, experts, allow_fresh=config.allow_fresh_experts)
+    faults += [event for event in (changed, differ) if event is not None]
 
 
 def _train(session: Session) -> None:

@@ -26,6 +26,7 @@ COMMANDS = [
     ("moe_peer.cli", ()),
     ("moe_peer.cli", ("serve",)),
     ("moe_peer.cli", ("train",)),
+    ("moe_peer.cli", ("tokenizer",)),
     ("moe_peer.cli", ("health",)),
 ]
 

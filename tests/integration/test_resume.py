@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from disks import full_at
 from swarms import make_trainer, remote_link, small_run, text_batches
 
 from moe_net.client import host_here, make_banks
@@ -25,10 +25,11 @@ from moe_peer.checkpoint import (
     set_aside_later,
     versions_of,
 )
-from moe_peer.resume import compare_experts, live_versions
+from moe_peer.resume import compare_experts, live_versions, resume_trunk
 from moe_peer.trainer import Trainer
 
 RUN = small_run(jitter=0.05, bias_update_rate=0.01)
+EXPERTS = RUN.model.expert_ids
 
 
 def save(trainer: Trainer, link, folder: Path, run: RunConfig = RUN) -> Path:
@@ -122,13 +123,8 @@ def test_a_full_disk_leaves_the_checkpoint_of_before_and_no_half_of_a_new_one(tm
         trainer = make_trainer(RUN, link)
         first = save(trainer, link, tmp_path)
         trainer.train_step()
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # no file of this process can be longer
-        try:
-            with pytest.raises(CheckpointError, match="step-00000001 cannot be written"):
-                save(trainer, link, tmp_path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        with full_at(50_000), pytest.raises(CheckpointError, match="step-00000001 cannot be written"):
+            save(trainer, link, tmp_path)
     assert newest_checkpoint(tmp_path) == first
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
 
@@ -176,20 +172,107 @@ def test_a_swarm_that_lived_on_or_fell_back_is_noted_and_one_of_fresh_experts_re
         path = save(trainer, link, tmp_path)
         saved = saved_versions(path)
         assert saved == live() == dict.fromkeys(RUN.model.expert_ids, 2)
-        assert compare_experts(path, saved, live(), allow_fresh=False) is None
+        assert compare_experts(path, saved, live(), EXPERTS, allow_fresh=False) is None
         trainer.train_step()
         newer = live()
     for other, words in ((older, "12 behind (up to 1 steps)"), (newer, "12 ahead (up to 1 steps)")):
-        event = compare_experts(path, saved, other, allow_fresh=False)
+        event = compare_experts(path, saved, other, EXPERTS, allow_fresh=False)
         assert event is not None
         assert event.what == "experts_differ"
         assert words in event.detail
     with pytest.raises(CheckpointError, match=rf"start the peers with --load {path}"):
-        compare_experts(path, saved, fresh, allow_fresh=False)
-    assert compare_experts(path, saved, fresh, allow_fresh=True) is not None
-    # One peer that came back empty is no reason to refuse; a checkpoint of the very start has nothing to lose.
-    assert compare_experts(path, saved, {**saved, ExpertId(0, 0): 0}, allow_fresh=False) is not None
-    assert compare_experts(path, fresh, fresh, allow_fresh=False) is None
+        compare_experts(path, saved, fresh, EXPERTS, allow_fresh=False)
+    event = compare_experts(path, saved, fresh, EXPERTS, allow_fresh=True)
+    assert event is not None
+    assert "12 begin afresh (0.0, 0.1, " in event.detail
+    # One expert is lost as well as all; a checkpoint of the very start has nothing to lose.
+    with pytest.raises(CheckpointError, match=r"1 experts that .* has trained are fresh at the peers \(0.0\): start"):
+        compare_experts(path, saved, {**saved, ExpertId(0, 0): 0}, EXPERTS, allow_fresh=False)
+    assert compare_experts(path, fresh, fresh, EXPERTS, allow_fresh=False) is None
+
+
+def test_experts_that_a_checkpoint_lacks_are_named_and_want_the_flag() -> None:
+    path, one = Path("step-00000007"), ExpertId(1, 3)
+    saved = dict.fromkeys(EXPERTS, 7)
+    lacking = {expert: version for expert, version in saved.items() if expert != one}
+    for live in ({**saved, one: 0}, lacking):  # fresh at its peer; or nobody hosts it yet
+        with pytest.raises(CheckpointError, match=r"1 of 12 experts are not in step-00000007 \(1.3\)"):
+            compare_experts(path, lacking, live, EXPERTS, allow_fresh=False)
+        event = compare_experts(path, lacking, live, EXPERTS, allow_fresh=True)
+        assert event is not None
+        assert "of 12 experts 1 begin afresh (1.3)" in event.detail
+    # None was saved at all: a swarm whose network went before the trainer did.
+    with pytest.raises(CheckpointError, match="12 of 12 experts are not in"):
+        compare_experts(path, {}, dict.fromkeys(EXPERTS, 0), EXPERTS, allow_fresh=False)
+    # The swarm lived on and has it; or none was trained by then.
+    event = compare_experts(path, lacking, saved, EXPERTS, allow_fresh=False)
+    assert event is not None
+    assert "of 12 experts 1 not in it (up to 7 steps at the peers)" in event.detail
+    untrained = dict.fromkeys(lacking, 0)
+    assert compare_experts(path, untrained, dict.fromkeys(EXPERTS, 0), EXPERTS, allow_fresh=False) is None
+
+
+def meta_of(run: RunConfig = RUN, **changes: object) -> CheckpointMeta:
+    values = {"data_fingerprint": "d", "tokenizer_fingerprint": "t", "trainers": 1, "sequences": 4}
+    return CheckpointMeta(run=run, step=0, **(values | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "words"),
+    [
+        (
+            replace(RUN, optimizer=replace(RUN.optimizer, total_steps=600)),
+            {},
+            "run.optimizer.total_steps: 60, not 600",
+        ),
+        (replace(RUN, optimizer=replace(RUN.optimizer, warmup_steps=7)), {}, "the new schedule"),
+        (replace(RUN, optimizer=replace(RUN.optimizer, clip_norm=0.25)), {}, "run.optimizer.clip_norm: 0.5, not 0.25"),
+        (replace(RUN, wire="int8"), {}, "run.wire: 'fp32', not 'int8'"),
+        (replace(RUN, record_ttl_s=5.0), {}, "run.record_ttl_s: 30.0, not 5.0"),
+        (replace(RUN, global_batch_tokens=4096), {}, "Experts step as often as the new batch says"),
+        (RUN, {"sequences": 8}, "sequences: 4, not 8. The text goes on at another place"),
+        (RUN, {"trainers": 2}, "trainers: 1, not 2. The text goes on at another place"),
+    ],
+)
+def test_a_run_goes_on_with_other_settings_that_no_state_depends_on_and_names_them(
+    tmp_path: Path, run: RunConfig, changes: dict[str, object], words: str
+) -> None:
+    with host_here(RUN) as link:
+        trainer = make_trainer(RUN, link)
+        trainer.train_step()
+        path = save(trainer, link, tmp_path)
+        resumed = make_trainer(run, link)
+        event = resume_trunk(path, resumed, meta_of(run, **changes))
+        assert event is not None
+        assert words in event.detail
+        assert resumed.step == 1
+        for name, value in resumed.model.state_dict().items():
+            assert value.equal(trainer.model.state_dict()[name])
+        assert resume_trunk(path, make_trainer(RUN, link), meta_of()) is None
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "words"),
+    [
+        (replace(RUN, seed=1), {}, "run.seed: 3, not 1"),
+        (replace(RUN, name="other"), {}, "not 'other'"),
+        (replace(RUN, model=replace(RUN.model, init_std=0.5)), {}, "not 0.5"),
+        (replace(RUN, optimizer=replace(RUN.optimizer, beta1=0.5)), {}, "run.optimizer.beta1: 0.9, not 0.5"),
+        (RUN, {"data_fingerprint": "e"}, "data_fingerprint: d, not e (another text; --data,"),
+        (RUN, {"tokenizer_fingerprint": "u"}, "tokenizer_fingerprint: t, not u (another tokenizer)"),
+        (replace(RUN, seed=1), {"sequences": 8}, "cannot be continued here: run.seed: 3, not 1"),
+    ],
+)
+def test_what_a_state_depends_on_is_refused_by_the_names_of_its_fields(
+    tmp_path: Path, run: RunConfig, changes: dict[str, object], words: str
+) -> None:
+    with host_here(RUN) as link:
+        trainer = make_trainer(RUN, link)
+        path = save(trainer, link, tmp_path)
+        with pytest.raises(CheckpointError) as refusal:
+            resume_trunk(path, trainer, meta_of(run, **changes))
+    assert words in str(refusal.value)
+    assert "n_layers" not in str(refusal.value), "only what differs is named"
 
 
 def test_experts_that_nobody_answers_for_are_carried_over_from_the_checkpoint_before(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_single_file_is_held_out_in_part_and_nothing_is_lost(tmp_path: Path, t
 
 
 def test_binary_hidden_and_empty_files_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "good.md").write_text("words\n" * 500)
+    (tmp_path / "good.md").write_text("words\n" * 5000)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n" * 100)
     (tmp_path / "late_nul.txt").write_bytes(b"a" * 20_000 + b"\0")

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from disks import full_at
 from swarms import make_trainer, small_run
 
+from moe_net.checkpoint_folder import checkpoints_of, whole_ones
 from moe_net.client import make_banks
 from moe_net.data.tokenizer import ByteTokenizer
 from moe_net.errors import StaleStepError, TooManyDropsError
@@ -31,6 +33,9 @@ from moe_peer.session import Session, stale_gradient
 from moe_peer.stopping import Stop, Waits
 
 RUN = small_run()
+TEXT = SimpleNamespace(
+    tokenizer=ByteTokenizer(), tokenizer_file=None, corpus=SimpleNamespace(fingerprint="d"), bigram_nats_per_byte=2.0
+)
 
 
 @contextmanager
@@ -47,7 +52,7 @@ def session(folder: Path, **settings: Any) -> Iterator[tuple[Session, ExpertHost
         link = SwarmLink(swarm=swarm, runner=portal)
         yield (
             Session(
-                config=config, run=RUN, text=SimpleNamespace(tokenizer=ByteTokenizer()),  # type: ignore[arg-type]
+                config=config, run=RUN, text=TEXT,  # type: ignore[arg-type]
                 member=SimpleNamespace(link=link, transport=transport),  # type: ignore[arg-type]
                 trainer=make_trainer(RUN, link), metrics=metrics, display=TrainDisplay("t", mode="off"),
                 stop=Stop(), waits=Waits(portal), faults=faults, records=[], drops=DropWindow(), last_checkpoint=None,
@@ -93,3 +98,32 @@ def test_without_a_bound_any_age_will_do() -> None:
     old = StepMetrics(step=0, loss=1.0, tokens=1, step_s=1.0, staleness_max=1000)
     assert stale_gradient(old, 0) is None
     assert stale_gradient(old, 999) is not None
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    with session(tmp_path, keep_checkpoints=2) as (made, _):
+        for _ in range(4):
+            made.step()
+            made.checkpoint_on_the_way()
+    assert [path.name for path in whole_ones(checkpoints_of(tmp_path))] == ["step-00000003", "step-00000004"]
+
+
+def test_a_full_disk_is_said_and_does_not_end_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with session(tmp_path) as (made, _):
+        made.step()
+        made.checkpoint_on_the_way()
+        with full_at((tmp_path / "metrics.jsonl").stat().st_size):
+            made.step()
+            made.checkpoint_on_the_way()
+            made.step()
+            made.report()
+        assert "the report cannot be written" in capsys.readouterr().err
+        said = [record.what for record in made.records if isinstance(record, Event)]
+        assert said == ["metrics_not_written", "checkpoint_failed"]
+        made.step()
+        made.checkpoint_on_the_way()
+        made.report()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r.step for r in records if isinstance(r, StepMetrics)] == [0, 1, 2, 3]
+    assert [r.what for r in records if isinstance(r, Event)] == [*said, "metrics_written"]
+    assert [path.name for path in whole_ones(checkpoints_of(tmp_path))] == ["step-00000001", "step-00000004"]

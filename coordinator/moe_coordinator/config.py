@@ -226,7 +226,7 @@ def newest_checkpoint(out: Path) -> Path:
     folder = checkpoints_of(trainer_folder(out, 0))
     found = newest_in(folder)
     if found is None:
-        raise ValueError(f"nothing to resume: no {folder}/{ANY_STATE}")
+        raise ValueError(f"--resume {out}: nothing to resume: no {folder}/{ANY_STATE}")
     return found
 
 

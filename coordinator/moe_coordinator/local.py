@@ -27,8 +27,10 @@ from moe_coordinator.laboratory import Laboratory
 from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supervisor, describe_exit
 from moe_net.checkpoint_folder import trainer_folder
 from moe_net.config import RunConfig
+from moe_net.discovery.listen import check_unused
 from moe_net.folder import alone_in
 from moe_net.machine import processors
+from moe_net.preflight import must_be_folder, must_read_file, must_read_text, must_write_folder
 from moe_net.signals import on_signals, stop_signals
 
 COORDINATOR = (sys.executable, "-m", "moe_coordinator.cli", "serve")
@@ -38,16 +40,31 @@ TRAINER = (sys.executable, "-m", "moe_peer.cli", "train")
 
 def main(options: LocalOptions) -> int:
     """Exit code: 0 when every trainer finished, 1 when one failed, 128 + signal when asked to stop."""
+    _check_files(options)
     run = run_config(options)
     faults = fault_plan(options, steps=options.steps or run.optimizer.total_steps)
     specs = deal_experts(run.model, peers=options.peers, replicas=options.replicas)
-    if options.resume:
-        newest_checkpoint(options.resume)  # a folder without one is refused before anything starts
     with alone_in(options.out):
         (options.out / RUN_FILE).write_text(to_toml(run))
         # Whom an earlier swarm's coordinator met is not here any more.
         shutil.rmtree(coordinator_state(options), ignore_errors=True)
         return uvloop.run(LocalSwarm(options, run, specs, faults).run())
+
+
+def _check_files(options: LocalOptions) -> None:
+    """ValueError or OSError names the first option whose file, folder or port is not as it must be."""
+    for option, file in (("--config", options.config), ("--faults", options.faults)):
+        if file is not None:
+            must_read_file(option, file)
+    if options.data is not None:
+        must_read_text("--data", options.data)
+    if options.resume is not None:
+        must_be_folder("--resume", options.resume)
+        must_read_file("--resume", options.resume / RUN_FILE)
+        newest_checkpoint(options.resume)
+    must_write_folder("--out", options.out)
+    for index in range(1 + options.peers if options.base_port else 0):
+        check_unused(_listen(options, index))
 
 
 def coordinator_spec(options: LocalOptions) -> ChildSpec:

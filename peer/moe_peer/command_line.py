@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Any
 
-import tyro
-
+from moe_net.command_line import parse
 from moe_net.config import load_toml
 from moe_net.errors import MoeNetError
 from moe_net.garbage import tune_collector
+from moe_net.preflight import must_read_file
 from moe_net.rpc.poller import choose_poller
 from moe_peer.config import ServeConfig, TrainConfig
+from moe_peer.preflight import check_serve, check_train
 
 COMMANDS: dict[str, type[Any]] = {"serve": ServeConfig, "train": TrainConfig}
 
@@ -23,13 +24,16 @@ def run_command(arguments: list[str] | None = None) -> int:
     refused, 2 for a user's mistake."""
     try:
         config = read_command_line(sys.argv[1:] if arguments is None else arguments)
-        choose_poller()
-        # Imported here, so that --help starts neither torch nor grpc nor an event loop.
+        # Imported here, so that --help and a mistake start neither torch nor grpc nor an event loop.
         if isinstance(config, ServeConfig):
+            check_serve(config)
+            choose_poller()
             from moe_peer.serve import run_serve
 
             tune_collector()
             return run_serve(config)
+        check_train(config)
+        choose_poller()
         from moe_peer.train import run_train
 
         tune_collector()
@@ -40,16 +44,17 @@ def run_command(arguments: list[str] | None = None) -> int:
 
 
 def read_command_line(arguments: list[str]) -> ServeConfig | TrainConfig:
-    """Options over those of the TOML file of `--config`, over the defaults. ValueError names the file's mistakes."""
-    command = arguments[0] if arguments else ""
-    file = _config_file(arguments)
-    kinds: list[Any] = []
-    for name, kind in COMMANDS.items():
-        default = load_toml(kind, file) if file is not None and name == command else kind()
-        kinds.append(Annotated[kind, tyro.conf.subcommand(name=name, default=default)])
-    # A union made at run time: the defaults are the file's.
-    either: Any = Union[tuple(kinds)]  # noqa: UP007
-    return tyro.cli(either, args=arguments, prog="moe-peer", description="Host experts of a run, or train its trunk.")
+    """Options over those of the TOML file of `--config`, over the defaults. ValueError names the file's mistakes, and
+    what options do not allow."""
+    kind = COMMANDS.get(arguments[0]) if arguments else None
+    file = None if kind is None else _config_file(arguments)
+    default = None
+    if kind is not None and file is not None:
+        must_read_file("--config", file)
+        default = load_toml(kind, file)
+    return parse(
+        "moe-peer", COMMANDS, arguments, description="Host experts of a run, or train its trunk.", default=default
+    )
 
 
 def _config_file(arguments: Sequence[str]) -> Path | None:

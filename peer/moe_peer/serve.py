@@ -56,6 +56,7 @@ def run_serve(config: ServeConfig) -> int:
 
 
 async def _serve(config: ServeConfig) -> None:
+    device = find_device(config.device)
     identity = Identity.generate() if config.identity is None else Identity.load_or_create(config.identity)
     async with AsyncExitStack() as stack:
         # The one call before the DHT's daemon starts (by fork and exec at once, which gRPC survives; no channel is left
@@ -75,9 +76,9 @@ async def _serve(config: ServeConfig) -> None:
         )
         stack.push_async_callback(discovery.close)
         run = known or _read_manifest(await _manifest_from_dht(discovery, config), config)
-        experts = await _choose_experts(config, run, discovery, identity)
+        experts = await _choose_experts(config, run, discovery, identity, device)
         # Off the loop: the DHT's neighbours ping us meanwhile.
-        host = await asyncio.to_thread(_make_host, config, run, experts)
+        host = await asyncio.to_thread(_make_host, config, run, experts, device)
         transport = GrpcTransport(run=run.name, shape=run.model.expert_shape)
         stack.push_async_callback(transport.close)
         there = await discovery.peers(RunExperts(run.model.expert_ids))
@@ -136,9 +137,11 @@ async def _serve(config: ServeConfig) -> None:
         log.info(
             "serving %d experts (%s) of run %s at %s", len(experts), describe(experts), run.name, announcer.address
         )
+        keeping = asyncio.create_task(keep_manifest(discovery, to_json(run)))
         try:
-            await keep_manifest(discovery, to_json(run))
+            await server.failed()
         finally:
+            keeping.cancel()
             log.info("leaving: withdraw, finish what runs (%.0f s at most), stop", config.grace_s)
             await asyncio.gather(announcer.close(), server.leave(grace_s=config.grace_s))
 
@@ -207,7 +210,7 @@ async def _manifest_from_dht(discovery: DhtDiscovery, config: ServeConfig) -> st
 
 
 async def _choose_experts(
-    config: ServeConfig, run: RunConfig, discovery: DhtDiscovery, identity: Identity
+    config: ServeConfig, run: RunConfig, discovery: DhtDiscovery, identity: Identity, device: str
 ) -> tuple[ExpertId, ...]:
     if config.experts is not None:
         return parse_experts(config.experts, run.model)
@@ -215,9 +218,7 @@ async def _choose_experts(
     capacity = config.max_experts
     if capacity is None:
         kept_mib = config.cache_mib + config.reply_mib + config.journal_mib + config.max_queue_mib
-        capacity = room_for_experts(
-            find_device(config.device), run, max_batch_rows=config.max_batch_rows, kept_bytes=kept_mib * MIB
-        )
+        capacity = room_for_experts(device, run, max_batch_rows=config.max_batch_rows, kept_bytes=kept_mib * MIB)
         if capacity == 0:
             raise ValueError(f"half of the free memory does not hold one expert ({one_mib:.0f} MiB)")
     view = View(await discovery.peers(RunExperts(run.model.expert_ids)))
@@ -226,10 +227,10 @@ async def _choose_experts(
     return chosen
 
 
-def _make_host(config: ServeConfig, run: RunConfig, experts: tuple[ExpertId, ...]) -> ExpertHost:
+def _make_host(config: ServeConfig, run: RunConfig, experts: tuple[ExpertId, ...], device: str) -> ExpertHost:
     host = ExpertHost(
         # A life of its own: what an earlier process of this peer had learned went with it, if no replica took it over.
-        make_banks(run, experts, device=find_device(config.device), origin=1 + secrets.randbelow(2**63 - 1)),
+        make_banks(run, experts, device=device, origin=1 + secrets.randbelow(2**63 - 1)),
         cache_bytes=config.cache_mib * MIB,
         reply_bytes=config.reply_mib * MIB,
         journal_bytes=config.journal_mib * MIB,

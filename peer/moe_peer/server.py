@@ -35,6 +35,7 @@ from torch import Tensor
 from moe_net.config import RunConfig
 from moe_net.errors import (
     BusyError,
+    DeviceError,
     InputsGoneError,
     LimitError,
     StaleStepError,
@@ -60,6 +61,7 @@ from moe_peer.batcher import Batcher
 from moe_peer.device import DeviceThread
 from moe_peer.gossip import Meeting, Replicator
 from moe_peer.landing import LandedCalls
+from moe_peer.memory import check_device, first_line
 from moe_peer.sharing import ShareFiles, Sharing
 from moe_peer.streams import FewReflections, FewWatches, Places
 
@@ -135,11 +137,13 @@ class ExpertServer:
         max_concurrent_calls: int | None = None,
         chunk_timeout_s: float = CHUNK_TIMEOUT_S,
         on_meeting: Callable[[Meeting], None] = lambda _: None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """`max_concurrent_calls` bounds what gRPC takes in before we see and count it: that many messages of at most
         `limits.max_message_bytes`. By default 64 or more, up to 512, as many as fit into 8 times `max_queue_bytes`:
         with the defaults 64, or 2 GiB if as many callers send the largest message at the same moment. `on_meeting`
-        hears of every exchange that another replica began."""
+        hears of every exchange that another replica began. `check` raises a RuntimeError when the device computes no
+        more; by default a tiny product on a GPU."""
         self._host = host
         self._run = run
         self._peer_id = peer_id
@@ -148,7 +152,11 @@ class ExpertServer:
         self._matrices = matrices_on(host.device, host.compute_dtype)
         on_cpu = self._matrices is ON_CPU
         runner = host if on_cpu else LandedCalls(host, self._matrices)
-        self._device = DeviceThread()
+        if check is None and host.device.type == "cuda":
+            check = partial(check_device, str(host.device))
+        self._device = DeviceThread(check=check, on_failure=self._note_failure)
+        self._failed = asyncio.Event()
+        self._failure = ""
         # One thread, so that reading large messages takes no more than one core from the experts.
         self._codec = DeviceThread("codec")
         self._batcher = Batcher(
@@ -222,6 +230,17 @@ class ExpertServer:
             async with asyncio.timeout(grace_s):
                 while self._unsaved:
                     await self._next_fetch()
+
+    async def failed(self) -> None:
+        """DeviceError once the device computes no more; waits until then."""
+        await self._failed.wait()
+        raise DeviceError(f"the device of the experts has failed ({self._failure}): start the peer again")
+
+    def _note_failure(self, error: BaseException) -> None:
+        self._failure = first_line(error)
+        self._unsaved.clear()  # nobody can save it from here any more
+        self._fetched.set()
+        self._failed.set()
 
     async def _next_fetch(self) -> None:
         """TimeoutError when none comes, and none runs."""

@@ -47,6 +47,18 @@ class RunConfig:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is not in 0..2**63-1")
 
+    def batch_note(self, *, trainers: int, sequences: int) -> str | None:
+        """What to know when steps of so many trainers, with so many sequences each, are not the batch that experts step
+        with."""
+        tokens, batch = trainers * sequences * self.model.seq_len, self.global_batch_tokens
+        if tokens == batch:
+            return None
+        often = f"every {batch / tokens:.3g} steps" if tokens < batch else f"{tokens / batch:.3g} times a step"
+        return (
+            f"note: trainers={trainers} x sequences={sequences} x seq_len={self.model.seq_len} make {tokens} tokens a "
+            f"step, and experts step once global_batch_tokens={batch} are committed: {often}"
+        )
+
     @property
     def wire_encoding(self) -> Encoding:
         return Encoding.parse(self.wire)

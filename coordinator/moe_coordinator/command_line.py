@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from moe_coordinator.config import ChaosOptions, LocalOptions, ProxyOptions, ServeOptions
+from moe_coordinator.config import ChaosOptions, LocalOptions, ProxyOptions, ServeOptions, check_manifest
 from moe_net.command_line import parse
 from moe_net.config import RunConfig, load_toml
 from moe_net.discovery.listen import check_join, check_unused
@@ -56,7 +56,7 @@ def run_command(arguments: list[str] | None = None) -> int:
 def _check_serve(options: ServeOptions) -> RunConfig:
     """The manifest; ValueError or OSError names the first option with which the coordinator could not begin."""
     must_read_file("--config", options.config)
-    run = load_toml(RunConfig, options.config)
+    run = check_manifest(load_toml(RunConfig, options.config))
     for address in options.join:
         check_join(address)
     if options.state is not None:

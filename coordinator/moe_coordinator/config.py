@@ -21,6 +21,8 @@ from moe_net.model.config import PRESETS, ModelConfig
 from moe_net.optim import OptimizerConfig
 
 RUN_FILE = "run.toml"
+N_BYTES = 256
+"""Tokens that every tokenizer of text has at least: one for each byte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,10 +186,29 @@ class LocalOptions:
             raise ValueError(f"--config and --resume exclude each other: {RUN_FILE} of --resume is the manifest")
 
 
+def check_manifest(run: RunConfig) -> RunConfig:
+    """`run`; ValueError when no trainer could join it with text."""
+    if run.model.vocab_size < N_BYTES:
+        raise ValueError(
+            f"model.vocab_size={run.model.vocab_size}: tokenizer={run.tokenizer!r} has {N_BYTES} tokens or more"
+        )
+    return run
+
+
+def check_batch(run: RunConfig, *, sequences: int) -> None:
+    """ValueError when a trainer's step is more than the batch that experts step with: no peer takes its commits."""
+    tokens = sequences * run.model.seq_len
+    if tokens > run.global_batch_tokens:
+        raise ValueError(
+            f"sequences={sequences} make a step of {tokens} tokens, more than the run's "
+            f"global_batch_tokens={run.global_batch_tokens}. Give fewer sequences"
+        )
+
+
 def run_config(options: LocalOptions) -> RunConfig:
     """The manifest of a local swarm: that of --config or --resume, else one from preset, steps, sequences and seed."""
     if options.config or options.resume:
-        return load_toml(RunConfig, options.config or Path(options.resume or "") / RUN_FILE)
+        return check_manifest(load_toml(RunConfig, options.config or Path(options.resume or "") / RUN_FILE))
     model = PRESETS[options.preset or "tiny"]
     return RunConfig(
         name="demo",

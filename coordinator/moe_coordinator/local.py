@@ -15,6 +15,7 @@ from rich.table import Table
 from moe_coordinator.config import (
     RUN_FILE,
     LocalOptions,
+    check_batch,
     deal_experts,
     fault_plan,
     newest_checkpoint,
@@ -43,6 +44,7 @@ def main(options: LocalOptions) -> int:
     _check_files(options)
     run = run_config(options)
     faults = fault_plan(options, steps=options.steps or run.optimizer.total_steps)
+    check_batch(run, sequences=options.sequences)
     specs = deal_experts(run.model, peers=options.peers, replicas=options.replicas)
     with alone_in(options.out):
         (options.out / RUN_FILE).write_text(to_toml(run))
@@ -176,12 +178,9 @@ class LocalSwarm:
         options = self._options
         async with supervisor:
             self._say(f"logs in {options.out / 'logs'}")
-            step_tokens = options.trainers * options.sequences * self._run_config.model.seq_len
-            if step_tokens != self._run_config.global_batch_tokens:
-                self._say(
-                    f"note: a step of all trainers has {step_tokens} tokens, and experts step once "
-                    f"global_batch_tokens={self._run_config.global_batch_tokens} are committed"
-                )
+            note = self._run_config.batch_note(trainers=options.trainers, sequences=options.sequences)
+            if note is not None:
+                self._say(note)
             async with Laboratory.open(
                 self._faults,
                 supervisor,

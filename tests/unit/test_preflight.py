@@ -44,6 +44,10 @@ MISTAKES = [
     ((*LOCAL, "--faults", "nowhere"), "--faults nowhere: there is no such file"),
     ((*LOCAL, "--faults", "binary"), "binary: 'utf-8' codec can't decode"),
     ((*LOCAL, "--config", "nowhere"), "--config nowhere: there is no such file"),
+    ((*LOCAL, "--config", "words.toml"), "model.vocab_size=64: tokenizer='bytes' has 256 tokens or more"),
+    ((*LOCAL, "--config", "run.toml", "--sequences", "17"), "sequences=17 make a step of 2176 tokens, more than the"),
+    ((*COORDINATOR[:3], "words.toml"), "model.vocab_size=64"),
+    ((*COORDINATOR[:3], "top1.toml"), 'Use combine = "raw"'),
     ((*COORDINATOR[:3], "nowhere"), "--config nowhere: there is no such file"),
     ((*COORDINATOR, "--state", "file"), "--state file: file is a file, not a folder"),
     ((*COORDINATOR, "--listen", "192.0.2.1:7700"), "cannot listen on 192.0.2.1:7700"),
@@ -67,6 +71,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "secret").chmod(0o600)
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "run.toml").write_text('name = "demo"\n')
+    (tmp_path / "words.toml").write_text("[model]\nvocab_size = 64\n")
+    (tmp_path / "top1.toml").write_text("[model.router]\nexperts_per_token = 1\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -67,8 +68,10 @@ class RunConfig:
 def _unexpected(kind: type[Any], values: dict[str, Any], prefix: str) -> Iterator[str]:
     hints = get_type_hints(kind)
     for name, value in values.items():
-        if name not in hints or name not in {f.name for f in dataclasses.fields(kind)}:
-            yield f"{prefix}{name}: unexpected keyword"
+        known = [f.name for f in dataclasses.fields(kind)]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            yield f"{prefix}{name}: unexpected keyword" + (f" (is {near[0]} meant?)" if near else "")
         elif dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
             yield from _unexpected(hints[name], value, f"{prefix}{name}.")
         elif isinstance(value, list):
@@ -86,8 +89,10 @@ def from_dict(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
             return TypeAdapter(kind).validate_python(values)
         except ValidationError as error:
             for item in error.errors():
-                place = ".".join(str(part) for part in item["loc"]) or kind.__name__
-                mistakes.append(f"{place}: {item['msg']}")
+                place = ".".join(str(part) for part in item["loc"])
+                # A check of ours: in its own words, without pydantic's before them.
+                what = str(item["ctx"]["error"]) if "ctx" in item and item["type"] == "value_error" else item["msg"]
+                mistakes.append(f"{place}: {what}" if place else what)
     raise ValueError("; ".join(mistakes))
 
 

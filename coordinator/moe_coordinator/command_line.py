@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from moe_coordinator.config import ChaosOptions, LocalOptions, ProxyOptions, ServeOptions, check_manifest
+from moe_coordinator.config import ChaosOptions, FieldsOptions, LocalOptions, ProxyOptions, ServeOptions, check_manifest
 from moe_net.command_line import parse
 from moe_net.config import RunConfig, load_toml
 from moe_net.discovery.listen import check_join, check_unused
@@ -17,6 +17,7 @@ COMMANDS: dict[str, type[Any]] = {
     "local": LocalOptions,
     "proxy": ProxyOptions,
     "chaos": ChaosOptions,
+    "fields": FieldsOptions,
 }
 
 
@@ -43,6 +44,10 @@ def run_command(arguments: list[str] | None = None) -> int:
             from moe_coordinator import chaos
 
             return chaos.main(options)
+        if isinstance(options, FieldsOptions):
+            from moe_coordinator import fields
+
+            return fields.main(options)
         # hivemind and its torch take seconds: a wrong manifest is reported before.
         run = _check_serve(options)
         from moe_coordinator import serve

@@ -30,7 +30,7 @@ class ServeOptions:
     """Start a run, or serve one that exists: answer newcomers and keep the manifest in the DHT."""
 
     config: Path
-    """The run's manifest, as TOML (fields of RunConfig)."""
+    """The run's manifest, as TOML; `moe-coordinator fields` prints one with every field."""
     listen: str = "127.0.0.1:0"
     """host:port of the gRPC service; port 0 takes a free one."""
     advertise: str | None = None
@@ -120,6 +120,14 @@ class ChaosOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FieldsOptions:
+    """Print a run's manifest with every field, what it means and its default: a beginning for a run.toml."""
+
+    preset: Literal["tiny", "small", "switch-base-like", "glam-like", "st-moe-like"] = "tiny"
+    """Whose model: `tiny` trains in minutes on two cores, the others are the papers' (see moe_net/model/config.py)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LocalOptions:
     """Run a whole swarm as processes of this machine: a coordinator, peers, trainers."""
 
@@ -136,7 +144,7 @@ class LocalOptions:
     faults: Path | None = None
     """TOML file of what goes wrong and when, like examples/faults.toml; noted in OUT/faults.jsonl as it happens."""
     preset: str | None = None
-    """Model preset; `tiny` unless --config is given."""
+    """Model preset: tiny, small, switch-base-like, glam-like or st-moe-like; `tiny` unless --config is given."""
     config: Path | None = None
     """Manifest to use instead of one made from the preset."""
     steps: int | None = None
@@ -281,13 +289,14 @@ def _toml_table(values: dict[str, Any], path: Sequence[str]) -> Iterator[str]:
         yield f"\n[{'.'.join(path)}]"
     for name, value in values.items():
         if not isinstance(value, dict) and value is not None:
-            yield f"{name} = {_toml_value(value)}"
+            yield f"{name} = {toml_value(value)}"
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _toml_table(value, (*path, name))
 
 
-def _toml_value(value: object) -> str:
+def toml_value(value: object) -> str:
+    """A scalar, or a list of them, as TOML."""
     match value:
         case bool():
             return "true" if value else "false"
@@ -299,6 +308,6 @@ def _toml_value(value: object) -> str:
             # JSON's escapes are TOML's; DEL is the one character that only TOML wants escaped.
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case list():
-            return f"[{', '.join(_toml_value(item) for item in value)}]"
+            return f"[{', '.join(toml_value(item) for item in value)}]"
         case _:
             raise ValueError(f"{value!r} has no place in a configuration file")

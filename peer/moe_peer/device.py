@@ -14,6 +14,8 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast
 
 import torch
 
+from moe_net.errors import DeviceError
+
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
 LaterT = TypeVar("LaterT", covariant=True)
@@ -56,14 +58,15 @@ class DeviceThread:
         name: str = "device",
         *,
         check: Callable[[], None] | None = None,
-        on_failure: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         """`check` is run on the thread after work that raised a RuntimeError, and raises one itself when the device
-        computes no more: `on_failure` then hears of it on the loop, with the work's error. A CUDA error like an illegal
-        address stays for as long as the process lives."""
+        computes no more: `failed` then raises. A CUDA error like an illegal address stays for as long as the process
+        lives."""
         self._name = name
         self._check = check
-        self._on_failure = on_failure
+        self.failure = ""
+        """Why it computes no more."""
+        self._failed = asyncio.Event()
         self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -136,7 +139,13 @@ class DeviceThread:
             pass
         except RuntimeError:
             self._check = None
-            loop.call_soon_threadsafe(self._on_failure, error)
+            self.failure = first_line(error)
+            loop.call_soon_threadsafe(self._failed.set)
+
+    async def failed(self) -> None:
+        """DeviceError once the device computes no more; waits until then."""
+        await self._failed.wait()
+        raise DeviceError(f"the device of the experts has failed ({self.failure}): start the peer again")
 
     async def close(self) -> None:
         """Let what runs finish, drop what waits, end the thread. May be called again."""
@@ -153,6 +162,11 @@ class DeviceThread:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def first_line(error: BaseException) -> str:
+    """What torch says, without its advice to programmers."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 class _Begun(NamedTuple):

@@ -14,6 +14,7 @@ from moe_net.config import RunConfig
 from moe_net.experts.bank import memory_bytes
 from moe_net.kernels.memory import dispatch_bytes
 from moe_net.machine import available_memory_bytes
+from moe_peer.device import first_line
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +54,6 @@ def check_device(device: str) -> None:
     ones = torch.ones((16, 16), device=device)
     if float((ones @ ones)[0, 0]) != 16:
         raise RuntimeError("a product of ones came out wrong")
-
-
-def first_line(error: BaseException) -> str:
-    """What CUDA says, without its advice to programmers."""
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def room_for_experts(device: str, run: RunConfig, *, max_batch_rows: int, kept_bytes: int) -> int:

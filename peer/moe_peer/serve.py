@@ -39,6 +39,7 @@ from moe_peer.config import ServeConfig, parse_experts
 from moe_peer.gossip import Gossip, Meeting
 from moe_peer.memory import find_device, room_for_experts
 from moe_peer.server import ExpertServer
+from moe_peer.status import say_what_is_served
 from moe_peer.threads import use_threads
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ async def _serve(config: ServeConfig) -> None:
         log.info(
             "serving %d experts (%s) of run %s at %s", len(experts), describe(experts), run.name, announcer.address
         )
-        keeping = asyncio.create_task(keep_manifest(discovery, to_json(run)))
+        keeping = asyncio.gather(keep_manifest(discovery, to_json(run)), say_what_is_served(lambda: server.served))
         try:
             await server.failed()
         finally:
@@ -170,6 +171,9 @@ async def _catch_up(
 
 
 def _print_meeting(meeting: Meeting) -> None:
+    """For machines: a terminal gets the line of `status`."""
+    if sys.stdout.isatty():
+        return
     event = {
         "event": "exchange",
         "partner": meeting.partner,

@@ -35,7 +35,6 @@ from torch import Tensor
 from moe_net.config import RunConfig
 from moe_net.errors import (
     BusyError,
-    DeviceError,
     InputsGoneError,
     LimitError,
     StaleStepError,
@@ -61,8 +60,9 @@ from moe_peer.batcher import Batcher
 from moe_peer.device import DeviceThread
 from moe_peer.gossip import Meeting, Replicator
 from moe_peer.landing import LandedCalls
-from moe_peer.memory import check_device, first_line
+from moe_peer.memory import check_device
 from moe_peer.sharing import ShareFiles, Sharing
+from moe_peer.status import Served
 from moe_peer.streams import FewReflections, FewWatches, Places
 
 log = logging.getLogger(__name__)
@@ -154,9 +154,9 @@ class ExpertServer:
         runner = host if on_cpu else LandedCalls(host, self._matrices)
         if check is None and host.device.type == "cuda":
             check = partial(check_device, str(host.device))
-        self._device = DeviceThread(check=check, on_failure=self._note_failure)
-        self._failed = asyncio.Event()
-        self._failure = ""
+        self._device = DeviceThread(check=check)
+        self.failed = self._device.failed
+        """Waits for DeviceError: the device computes no more."""
         # One thread, so that reading large messages takes no more than one core from the experts.
         self._codec = DeviceThread("codec")
         self._batcher = Batcher(
@@ -228,19 +228,13 @@ class ExpertServer:
         self._left_s = asyncio.get_running_loop().time()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                while self._unsaved:
+                while self._unsaved and not self._device.failure:
                     await self._next_fetch()
 
-    async def failed(self) -> None:
-        """DeviceError once the device computes no more; waits until then."""
-        await self._failed.wait()
-        raise DeviceError(f"the device of the experts has failed ({self._failure}): start the peer again")
-
-    def _note_failure(self, error: BaseException) -> None:
-        self._failure = first_line(error)
-        self._unsaved.clear()  # nobody can save it from here any more
-        self._fetched.set()
-        self._failed.set()
+    @property
+    def served(self) -> Served:
+        """Until now."""
+        return Served(self._batcher.answered_calls, self._batcher.answered_rows, self._host.versions)
 
     async def _next_fetch(self) -> None:
         """TimeoutError when none comes, and none runs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -56,6 +57,18 @@ class RunConfig:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is not in 0..2**63-1")
 
+    def batch_note(self, *, trainers: int, sequences: int) -> str | None:
+        """What to know when steps of so many trainers, with so many sequences each, are not the batch that experts step
+        with."""
+        tokens, batch = trainers * sequences * self.model.seq_len, self.global_batch_tokens
+        if tokens == batch:
+            return None
+        often = f"every {batch / tokens:.3g} steps" if tokens < batch else f"{tokens / batch:.3g} times a step"
+        return (
+            f"note: trainers={trainers} x sequences={sequences} x seq_len={self.model.seq_len} make {tokens} tokens a "
+            f"step, and experts step once global_batch_tokens={batch} are committed: {often}"
+        )
+
     @property
     def wire_encoding(self) -> Encoding:
         return Encoding.parse(self.wire)
@@ -64,8 +77,10 @@ class RunConfig:
 def _unexpected(kind: type[Any], values: dict[str, Any], prefix: str) -> Iterator[str]:
     hints = get_type_hints(kind)
     for name, value in values.items():
-        if name not in hints or name not in {f.name for f in dataclasses.fields(kind)}:
-            yield f"{prefix}{name}: unexpected keyword"
+        known = [f.name for f in dataclasses.fields(kind)]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            yield f"{prefix}{name}: unexpected keyword" + (f" (is {near[0]} meant?)" if near else "")
         elif dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
             yield from _unexpected(hints[name], value, f"{prefix}{name}.")
         elif isinstance(value, list):
@@ -83,8 +98,10 @@ def from_dict(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
             return TypeAdapter(kind).validate_python(values)
         except ValidationError as error:
             for item in error.errors():
-                place = ".".join(str(part) for part in item["loc"]) or kind.__name__
-                mistakes.append(f"{place}: {item['msg']}")
+                place = ".".join(str(part) for part in item["loc"])
+                # A check of ours: in its own words, without pydantic's before them.
+                what = str(item["ctx"]["error"]) if "ctx" in item and item["type"] == "value_error" else item["msg"]
+                mistakes.append(f"{place}: {what}" if place else what)
     raise ValueError("; ".join(mistakes))
 
 

@@ -39,6 +39,10 @@ class JoinError(MoeNetError):
     """No address of the run answered."""
 
 
+class DeviceError(MoeNetError):
+    """The device that the experts run on computes no more."""
+
+
 class CheckpointError(MoeNetError):
     """A checkpoint that is incomplete, of another run, or damaged."""
 

@@ -35,6 +35,8 @@ class OptimizerConfig:
         for name in ("learning_rate", "min_lr_ratio", "eps", "weight_decay", "clip_norm"):
             if not 0 <= getattr(self, name) < math.inf:  # false of a NaN
                 raise ValueError(f"{name}={getattr(self, name)} must be a number, and not negative")
+        if not self.learning_rate:
+            raise ValueError("learning_rate=0 learns nothing")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be in 0..1, without 1")
 

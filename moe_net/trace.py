@@ -12,7 +12,7 @@ class FaultEvent:
 
     what: str
     """`forward_failed`, `backward_failed`, `commit_failed`, `fetch_failed`: a call brought no answer;
-    `forward_overdue`, `backward_overdue`: it was late, and another replica was asked as well;
+    `forward_overdue`, `backward_overdue`: it was late, and another replica, asked as well, was faster (no fault);
     `peer_suspended`, `peer_back`, `peer_unlisted` (the directory has lost it, and it still answers);
     `no_live_experts`, `stale_gradient`, `experts_differ`, `experts_carried_over`, `checkpoint_damaged`,
     `checkpoint_incomplete`, `checkpoint_failed`."""
@@ -21,7 +21,7 @@ class FaultEvent:
     layer: int = -1
     """MoE layer, when one is concerned."""
     action: str = ""
-    """What was done: `elsewhere`, `again`, `resend`, `give_up`, `hedge_won`, `hedge_lost`, `masked`, ..."""
+    """What was done: `elsewhere`, `again`, `resend`, `give_up`, `hedge_won`, `masked`, ..."""
     cost_s: float = 0.0
     """Time lost to it."""
     pairs: int = 0

@@ -23,6 +23,7 @@ from moe_coordinator.faults import Action, Fault, FaultPlan, advance, describe, 
 from moe_coordinator.recovery import Happened, Step, missed, read_steps, recovery_s
 from moe_net.config import load_toml
 from moe_net.errors import MoeNetError
+from moe_net.preflight import must_read_file
 from moe_net.signals import until_signalled
 
 POLL_S = 0.2
@@ -37,6 +38,7 @@ class ChaosError(MoeNetError):
 
 def main(options: ChaosOptions) -> int:
     """Exit code: 0 when every promise was kept, 1 when one was not, 130 when it was asked to stop before the end."""
+    must_read_file("--faults", options.faults)
     plan = load_toml(FaultPlan, options.faults)
     for number, fault in enumerate(plan.fault):
         if (fault.at_s or 0.0) > options.for_s:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command; leaves by SystemExit: 0 after a clean stop, 1 when the swarm refused or failed, 2 for a user's
     mistake, 130 when interrupted before it had begun, 128 + the signal when that stopped a local swarm."""
     try:
@@ -12,7 +12,7 @@ def main() -> None:
         with LeaveAtOnce():
             from moe_coordinator.command_line import run_command
 
-            code = run_command()
+            code = run_command(arguments)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     raise SystemExit(code)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-import tyro
-
-from moe_coordinator.config import ChaosOptions, LocalOptions, ProxyOptions, ServeOptions
+from moe_coordinator.config import ChaosOptions, FieldsOptions, LocalOptions, ProxyOptions, ServeOptions, check_manifest
+from moe_net.command_line import parse
 from moe_net.config import RunConfig, load_toml
+from moe_net.discovery.listen import check_join, check_unused
 from moe_net.errors import MoeNetError
+from moe_net.preflight import must_read_file, must_write_folder
+
+COMMANDS: dict[str, type[Any]] = {
+    "serve": ServeOptions,
+    "local": LocalOptions,
+    "proxy": ProxyOptions,
+    "chaos": ChaosOptions,
+    "fields": FieldsOptions,
+}
 
 
-def run_command() -> int:
-    """The command's exit code: 0 after a clean stop, 1 when the swarm refused or failed, 2 for a user's mistake, 128 +
-    the signal that stopped a local swarm."""
+def run_command(arguments: list[str] | None = None) -> int:
+    """The command of `arguments` (None: the process's own); its exit code: 0 after a clean stop, 1 when the swarm
+    refused or failed, 2 for a user's mistake, 128 + the signal that stopped a local swarm."""
     try:
-        options = tyro.extras.subcommand_cli_from_dict(
-            {"serve": ServeOptions, "local": LocalOptions, "proxy": ProxyOptions, "chaos": ChaosOptions},
-            prog="moe-coordinator",
+        options = parse(
+            "moe-coordinator",
+            COMMANDS,
+            sys.argv[1:] if arguments is None else arguments,
             description="First contact for a run; a whole swarm as local processes; what goes wrong, on demand.",
         )
         # The commands are imported here, so that --help starts neither grpc nor an event loop.
@@ -33,11 +44,27 @@ def run_command() -> int:
             from moe_coordinator import chaos
 
             return chaos.main(options)
+        if isinstance(options, FieldsOptions):
+            from moe_coordinator import fields
+
+            return fields.main(options)
         # hivemind and its torch take seconds: a wrong manifest is reported before.
-        run = load_toml(RunConfig, options.config)
+        run = _check_serve(options)
         from moe_coordinator import serve
 
         return serve.main(options, run)
     except (ValueError, OSError, MoeNetError) as error:
         print(f"moe-coordinator: {error}", file=sys.stderr)
         return 1 if isinstance(error, MoeNetError) else 2
+
+
+def _check_serve(options: ServeOptions) -> RunConfig:
+    """The manifest; ValueError or OSError names the first option with which the coordinator could not begin."""
+    must_read_file("--config", options.config)
+    run = check_manifest(load_toml(RunConfig, options.config))
+    for address in options.join:
+        check_join(address)
+    if options.state is not None:
+        must_write_folder("--state", options.state)
+    check_unused(options.listen)
+    return run

@@ -21,6 +21,8 @@ from moe_net.model.config import PRESETS, ModelConfig
 from moe_net.optim import OptimizerConfig
 
 RUN_FILE = "run.toml"
+N_BYTES = 256
+"""Tokens that every tokenizer of text has at least: one for each byte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class ServeOptions:
     """Start a run, or serve one that exists: answer newcomers and keep the manifest in the DHT."""
 
     config: Path
-    """The run's manifest, as TOML (fields of RunConfig)."""
+    """The run's manifest, as TOML; `moe-coordinator fields` prints one with every field."""
     listen: str = "127.0.0.1:0"
     """host:port of the gRPC service; port 0 takes a free one."""
     advertise: str | None = None
@@ -118,6 +120,14 @@ class ChaosOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FieldsOptions:
+    """Print a run's manifest with every field, what it means and its default: a beginning for a run.toml."""
+
+    preset: Literal["tiny", "small", "switch-base-like", "glam-like", "st-moe-like"] = "tiny"
+    """Whose model: `tiny` trains in minutes on two cores, the others are the papers' (see moe_net/model/config.py)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LocalOptions:
     """Run a whole swarm as processes of this machine: a coordinator, peers, trainers."""
 
@@ -134,7 +144,7 @@ class LocalOptions:
     faults: Path | None = None
     """TOML file of what goes wrong and when, like examples/faults.toml; noted in OUT/faults.jsonl as it happens."""
     preset: str | None = None
-    """Model preset; `tiny` unless --config is given."""
+    """Model preset: tiny, small, switch-base-like, glam-like or st-moe-like; `tiny` unless --config is given."""
     config: Path | None = None
     """Manifest to use instead of one made from the preset."""
     steps: int | None = None
@@ -192,15 +202,34 @@ class LocalOptions:
             raise ValueError(f"--config and --resume exclude each other: {RUN_FILE} of --resume is the manifest")
 
 
+def check_manifest(run: RunConfig) -> RunConfig:
+    """`run`; ValueError when no trainer could join it with text."""
+    if run.model.vocab_size < N_BYTES:
+        raise ValueError(
+            f"model.vocab_size={run.model.vocab_size}: tokenizer={run.tokenizer!r} has {N_BYTES} tokens or more"
+        )
+    return run
+
+
+def check_batch(run: RunConfig, *, sequences: int) -> None:
+    """ValueError when a trainer's step is more than the batch that experts step with: no peer takes its commits."""
+    tokens = sequences * run.model.seq_len
+    if tokens > run.global_batch_tokens:
+        raise ValueError(
+            f"sequences={sequences} make a step of {tokens} tokens, more than the run's "
+            f"global_batch_tokens={run.global_batch_tokens}. Give fewer sequences"
+        )
+
+
 def run_config(options: LocalOptions) -> RunConfig:
     """The manifest of a local swarm: that of --config or --resume, else one from preset, steps, sequences and seed.
 
     More --steps than those of the manifest prolong a run that is resumed, and its learning rates' schedule with it.
     """
     if options.config:
-        return load_toml(RunConfig, options.config)
+        return check_manifest(load_toml(RunConfig, options.config))
     if options.resume:
-        run = load_toml(RunConfig, options.resume / RUN_FILE)
+        run = check_manifest(load_toml(RunConfig, options.resume / RUN_FILE))
         total_steps = max(run.optimizer.total_steps, options.steps or 0)
         return replace(run, wire=options.wire or run.wire, optimizer=replace(run.optimizer, total_steps=total_steps))
     model = PRESETS[options.preset or "tiny"]
@@ -241,7 +270,7 @@ def newest_checkpoint(out: Path) -> Path:
     folder = checkpoints_of(trainer_folder(out, 0))
     found = newest_in(folder)
     if found is None:
-        raise ValueError(f"nothing to resume: no {folder}/{ANY_STATE}")
+        raise ValueError(f"--resume {out}: nothing to resume: no {folder}/{ANY_STATE}")
     return found
 
 
@@ -275,13 +304,14 @@ def _toml_table(values: dict[str, Any], path: Sequence[str]) -> Iterator[str]:
         yield f"\n[{'.'.join(path)}]"
     for name, value in values.items():
         if not isinstance(value, dict) and value is not None:
-            yield f"{name} = {_toml_value(value)}"
+            yield f"{name} = {toml_value(value)}"
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _toml_table(value, (*path, name))
 
 
-def _toml_value(value: object) -> str:
+def toml_value(value: object) -> str:
+    """A scalar, or a list of them, as TOML."""
     match value:
         case bool():
             return "true" if value else "false"
@@ -293,6 +323,6 @@ def _toml_value(value: object) -> str:
             # JSON's escapes are TOML's; DEL is the one character that only TOML wants escaped.
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case list():
-            return f"[{', '.join(_toml_value(item) for item in value)}]"
+            return f"[{', '.join(toml_value(item) for item in value)}]"
         case _:
             raise ValueError(f"{value!r} has no place in a configuration file")

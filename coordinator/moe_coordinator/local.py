@@ -16,6 +16,7 @@ from rich.table import Table
 from moe_coordinator.config import (
     RUN_FILE,
     LocalOptions,
+    check_batch,
     deal_experts,
     fault_plan,
     newest_checkpoint,
@@ -30,8 +31,10 @@ from moe_net.checkpoint_folder import TOKENIZER, trainer_folder
 from moe_net.config import RunConfig
 from moe_net.data.corpus import load_corpus
 from moe_net.data.vocabulary import make_tokenizer, sha256_of, tokenizer_of_run
+from moe_net.discovery.listen import check_unused
 from moe_net.folder import alone_in
 from moe_net.machine import processors
+from moe_net.preflight import must_be_folder, must_read_file, must_read_text, must_write_folder
 from moe_net.signals import on_signals, stop_signals
 
 COORDINATOR = (sys.executable, "-m", "moe_coordinator.cli", "serve")
@@ -41,17 +44,33 @@ TRAINER = (sys.executable, "-m", "moe_peer.cli", "train")
 
 def main(options: LocalOptions) -> int:
     """Exit code: 0 when every trainer finished, 1 when one failed, 128 + signal when asked to stop."""
+    _check_files(options)
     run = run_config(options)
     faults = fault_plan(options, steps=options.steps or run.optimizer.total_steps)
+    check_batch(run, sequences=options.sequences)
     specs = deal_experts(run.model, peers=options.peers, replicas=options.replicas)
-    if options.resume:
-        newest_checkpoint(options.resume)  # a folder without one is refused before anything starts
     with alone_in(options.out):
         run, options = with_tokenizer(options, run)
         (options.out / RUN_FILE).write_text(to_toml(run))
         # Whom an earlier swarm's coordinator met is not here any more.
         shutil.rmtree(coordinator_state(options), ignore_errors=True)
         return uvloop.run(LocalSwarm(options, run, specs, faults).run())
+
+
+def _check_files(options: LocalOptions) -> None:
+    """ValueError or OSError names the first option whose file, folder or port is not as it must be."""
+    for option, file in (("--config", options.config), ("--faults", options.faults)):
+        if file is not None:
+            must_read_file(option, file)
+    if options.data is not None:
+        must_read_text("--data", options.data)
+    if options.resume is not None:
+        must_be_folder("--resume", options.resume)
+        must_read_file("--resume", options.resume / RUN_FILE)
+        newest_checkpoint(options.resume)
+    must_write_folder("--out", options.out)
+    for index in range(1 + options.peers if options.base_port else 0):
+        check_unused(_listen(options, index))
 
 
 def with_tokenizer(options: LocalOptions, run: RunConfig) -> tuple[RunConfig, LocalOptions]:
@@ -190,12 +209,9 @@ class LocalSwarm:
         options = self._options
         async with supervisor:
             self._say(f"logs in {options.out / 'logs'}")
-            step_tokens = options.trainers * options.sequences * self._run_config.model.seq_len
-            if step_tokens != self._run_config.global_batch_tokens:
-                self._say(
-                    f"note: a step of all trainers has {step_tokens} tokens, and experts step once "
-                    f"global_batch_tokens={self._run_config.global_batch_tokens} are committed"
-                )
+            note = self._run_config.batch_note(trainers=options.trainers, sequences=options.sequences)
+            if note is not None:
+                self._say(note)
             async with Laboratory.open(
                 self._faults,
                 supervisor,

@@ -6,7 +6,6 @@ import asyncio
 import json
 import math
 import os
-import socket
 import stat
 import sys
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from moe_coordinator.faults import FaultPlan
 from moe_coordinator.proxy import Proxy
 from moe_coordinator.shaping import Conditions
 from moe_net.config import from_json, load_toml
+from moe_net.discovery.listen import check_unused
+from moe_net.preflight import must_read_file
 from moe_net.signals import on_signals, stop_signals
 
 
@@ -36,8 +37,11 @@ class Change:
 
 def main(options: ProxyOptions) -> int:
     """Carry connections until a signal asks to stop, which ends the process with exit code 0 wherever it is."""
+    if options.faults is not None:
+        must_read_file("--faults", options.faults)
     plan = FaultPlan() if options.faults is None else load_toml(FaultPlan, options.faults)
-    _check_unused(options.listen)
+    # The proxy's own sockets share their port, and would share it with others.
+    check_unused(options.listen)
     uvloop.run(_carry(options, plan))
     return 0
 
@@ -95,14 +99,3 @@ def _can_be_awaited(fd: int) -> bool:
 
 def _say(event: str, **values: object) -> None:
     print(json.dumps({"event": event, **values}), flush=True)
-
-
-def _check_unused(listen: str) -> None:
-    """OSError when somebody listens there: the proxy's own sockets share their port, and would share it with others."""
-    host, _, port = listen.rpartition(":")
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), int(port)))
-        except OSError as error:
-            raise OSError(error.errno, f"cannot listen on {listen}: {error.strerror}") from None

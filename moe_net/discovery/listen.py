@@ -13,6 +13,8 @@ MAX_PORT = 65_535
 _RELEASE_S = 1.0
 _LOOK_S = 0.05
 _MULTIADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d{1,5})")
+# Of a member that is dialled; the transport may be another one than TCP.
+_MEMBER = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/(?:tcp|udp)/(\d+)(?:/[^/]+)*/p2p/[A-Za-z0-9]+")
 
 
 def check_listen(listen: str) -> None:
@@ -25,6 +27,63 @@ def check_listen(listen: str) -> None:
     # gRPC would take the number modulo 65536, and listen somewhere else.
     if int(port) > MAX_PORT:
         raise ValueError(f"listen={listen!r}: a port is {MAX_PORT} at most")
+
+
+def check_join(address: str) -> None:
+    """ValueError, saying what is wrong with it, when `address` is no way into a run."""
+    what = f"join={address!r}"
+    if not address.strip():
+        raise ValueError(f"{what} is empty: give a coordinator's host:port, or the multiaddr of a DHT member")
+    if any(character.isspace() or not character.isprintable() for character in address):
+        raise ValueError(f"{what} has a space or another character in it that no address has")
+    if "," in address:
+        raise ValueError(f"{what} has a comma: give --join once for each address")
+    if "://" in address:
+        rest = address.partition("://")[2].rstrip("/")
+        raise ValueError(f"{what} is a URL: give host:port alone, as in {rest or 'host:7700'}")
+    if address.startswith("/"):
+        parts = _MEMBER.fullmatch(address)
+        if parts is None or (parts[1].startswith("ip") and not _is_ip(parts[2], version=int(parts[1][2]))):
+            raise ValueError(f"{what} is no multiaddr of a DHT member, like /ip4/203.0.113.7/tcp/4001/p2p/12D3Koo...")
+        _check_port(what, parts[3])
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port:
+        raise ValueError(f"{what} is neither host:port of a coordinator nor a multiaddr like /ip4/.../p2p/...")
+    if not (port.isascii() and port.isdecimal()):
+        raise ValueError(f"{what} is neither host:port of a coordinator nor a multiaddr: {port!r} is no port")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if ":" in bare and (bare == host or not _is_ip(bare, version=6)):
+        raise ValueError(f"{what}: an IPv6 address stands in brackets, as in [2001:db8::1]:7700")
+    if "/" in host or "@" in host or bare != bare.strip("[]"):
+        raise ValueError(f"{what}: {host!r} is no host")
+    if is_wildcard(bare):
+        raise ValueError(f"{what}: {host} is where a server listens, and nothing to call: give its own address")
+    _check_port(what, port)
+
+
+def _check_port(what: str, port: str) -> None:
+    # gRPC would take the number modulo 65536, and call somebody else.
+    if not 1 <= int(port[:7]) <= MAX_PORT:
+        raise ValueError(f"{what}: a port is in 1..{MAX_PORT}, not {port}")
+
+
+def _is_ip(text: str, *, version: int) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == version
+    except ValueError:
+        return False
+
+
+def check_unused(listen: str) -> None:
+    """OSError when nobody can listen at `listen` (host:port), also when somebody else does."""
+    host, _, port = listen.rpartition(":")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on {listen}: {error.strerror}") from None
 
 
 def check_multiaddr(name: str, multiaddr: str) -> None:

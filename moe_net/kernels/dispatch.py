@@ -21,14 +21,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from concurrent.futures import Future
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_net.kernels import reference
-from moe_net.kernels.types import Backend, ExpertWeights, Saved, WeightGrads
+from moe_net.kernels.types import Backend, ExpertWeights, Saved, WeightGrads, zero_sums
 from moe_net.types import Activation
 from moe_net.wire.matrices import ON_CPU, Matrices
 
@@ -59,6 +61,8 @@ FEW_PAIRS = 64
 # with QuACK (H200).
 FEW_WIDE_PAIRS = 512
 _logged: set[tuple[str, str, str]] = set()
+_tried: dict[tuple[Any, ...], bool] = {}
+_TRIED_ROWS = 16
 
 
 @cache
@@ -84,7 +88,16 @@ def matrices_on(device: torch.device, dtype: torch.dtype) -> Matrices:
     """
     if device.type != "cuda" or not _installed("triton"):
         return ON_CPU
-    return importlib.import_module("moe_net.kernels.device.matrices").OnDevice(device, dtype)
+    outcome: Future[Matrices] = Future()
+    try:
+        outcome.set_result(importlib.import_module("moe_net.kernels.device.matrices").OnDevice(device, dtype))
+    except Exception as error:  # noqa: BLE001  whatever a Triton of another version raises
+        outcome.set_exception(error)
+    error = outcome.exception()
+    if error is None:
+        return outcome.result()
+    logger.warning("Triton is left out, the CPU reads messages: %s: %s", type(error).__name__, error)
+    return ON_CPU
 
 
 def _fits(backend: str, x_TD: Tensor, weights: ExpertWeights) -> bool:
@@ -92,19 +105,61 @@ def _fits(backend: str, x_TD: Tensor, weights: ExpertWeights) -> bool:
     return fits is None or fits(x_TD, weights)
 
 
-def _fastest(x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights) -> str:
+def candidates(x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights) -> tuple[str, ...]:
+    """The backends for this device, dtype and number of pairs, the fastest first; the last one always runs."""
     if not x_TD.is_cuda or x_TD.dtype is torch.float64:
-        return "loop"
-    # grouped_mm has its own kernel for bf16 on Hopper and newer, and is a loop over experts elsewhere.
-    native = x_TD.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x_TD.device)[0] >= 9
+        return ("loop",)
+    # grouped_mm has its own kernel for bf16 on Hopper and newer, and is a loop over experts elsewhere. The
+    # capabilities of AMD's cards are other numbers.
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(x_TD.device)[0] >= 9
+    native = hopper and x_TD.dtype is torch.bfloat16
     n_pairs, n_experts = expert_ids_TK.numel(), weights.w_in_EDH.shape[0]
-    many = n_pairs >= FEW_PAIRS * n_experts
-    if native and (many or not _installed("triton")):
+    if native and n_pairs >= FEW_PAIRS * n_experts:
         few_wide = weights.wide and n_pairs < FEW_WIDE_PAIRS * n_experts
-        for backend in ("grouped",) if few_wide else ("quack", "grouped"):
-            if _installed(backend) and _fits(backend, x_TD, weights):
-                return backend
-    return "triton" if _installed("triton") else "loop"
+        return ("grouped", "triton", "loop") if few_wide else ("quack", "grouped", "triton", "loop")
+    return ("triton", "grouped", "loop") if native else ("triton", "loop")
+
+
+def _fastest(x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights) -> str:
+    *others, last = candidates(x_TD, expert_ids_TK, weights)
+    return next((name for name in others if _installed(name) and _runs(name, x_TD, weights)), last)
+
+
+def _runs(backend: str, x_TD: Tensor, weights: ExpertWeights) -> bool:
+    """Whether the backend takes rows and experts like these, and has been seen to: tried once for each kind of them, on
+    one expert, for a package of another version may fail in any way when it is imported, compiled or launched."""
+    w_in_EDH, w_out_EFD, activation = weights
+    key = (
+        backend, x_TD.device, x_TD.dtype, activation, *w_in_EDH.shape[1:],
+        w_in_EDH.is_contiguous(), w_in_EDH.transpose(1, 2).is_contiguous(), w_out_EFD.is_contiguous(),
+    )  # fmt: skip
+    if key not in _tried:
+        outcome: Future[bool] = Future()
+        try:
+            fits = _fits(backend, x_TD, weights)
+            if fits:
+                _try(_load(backend), x_TD, weights)
+            outcome.set_result(fits)
+        except Exception as error:  # noqa: BLE001  whatever it raises
+            outcome.set_exception(error)
+        error = outcome.exception()
+        if error is not None:
+            logger.warning("expert kernels: backend %s is left out: %s: %s", backend, type(error).__name__, error)
+        _tried[key] = error is None and outcome.result()
+    return _tried[key]
+
+
+@torch.no_grad()
+def _try(backend: Backend, x_TD: Tensor, weights: ExpertWeights) -> None:
+    """Forward and backward of a few rows; waits for them."""
+    one = ExpertWeights(weights.w_in_EDH[:1], weights.w_out_EFD[:1], weights.activation)
+    x_PD = x_TD.new_zeros((_TRIED_ROWS, x_TD.shape[1]))
+    ids_PK = torch.zeros((_TRIED_ROWS, 1), dtype=torch.int32, device=x_TD.device)
+    gates_PK = torch.ones((_TRIED_ROWS, 1), device=x_TD.device)
+    y_PD, saved = backend.forward(x_PD, ids_PK, gates_PK, one, keep=True)
+    backend.backward(torch.zeros_like(y_PD), x_PD, ids_PK, gates_PK, one, saved, sums=zero_sums(one))
+    if x_TD.is_cuda:
+        torch.cuda.synchronize(x_TD.device)
 
 
 def choose(x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights, backend: str | None) -> Backend:

@@ -88,14 +88,21 @@ class ModelConfig:
                      "n_experts", "d_ff_expert"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("rope_theta", "rms_eps", "init_std"):
+        for name in ("rope_theta", "rms_eps"):
             if not 0 <= getattr(self, name) < math.inf:  # false of a NaN
                 raise ValueError(f"{name}={getattr(self, name)} must be a number, and not negative")
+        if not 0 < self.init_std < math.inf:
+            raise ValueError(f"init_std={self.init_std} must be positive: from weights of 0 nothing is learned")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if not 1 <= self.router.experts_per_token <= self.n_experts:
             raise ValueError(
                 f"router.experts_per_token={self.router.experts_per_token} is not in 1..n_experts={self.n_experts}"
+            )
+        if self.router.experts_per_token == 1 < self.n_experts and self.router.combine == "normalized":
+            raise ValueError(
+                'router.experts_per_token=1 with router.combine="normalized": the one gate is always 1, so the router '
+                'learns nothing from the loss. Use combine = "raw", as Switch Transformers do'
             )
         if self.moe_every < 1:
             raise ValueError("moe_every must be at least 1")

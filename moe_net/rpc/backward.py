@@ -220,11 +220,13 @@ class BackwardPass:
         )
 
     def _note_hedge(self, one: Answered, waited_s: float, won: bool) -> None:
-        self._caller.stats.hedges_won += won
+        if not won:  # the first answer came after all: nothing went wrong
+            return
+        self._caller.stats.hedges_won += 1
         self._caller.outlook.event(
             FaultEvent(
                 what="backward_overdue", peer=one.peer.peer_id, layer=one.call.layer, cost_s=waited_s,
-                pairs=int(one.ran_P.sum()), action="hedge_won" if won else "hedge_lost",
+                pairs=int(one.ran_P.sum()), action="hedge_won",
             )
         )  # fmt: skip
 

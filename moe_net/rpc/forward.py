@@ -267,10 +267,12 @@ class ForwardPass:
         return pairs_TK
 
     def _note_hedge(self, peer: PeerInfo, shipment: Shipment, waited_s: float, won: bool) -> None:
-        self._caller.stats.hedges_won += won
+        if not won:  # the first answer came after all: nothing went wrong
+            return
+        self._caller.stats.hedges_won += 1
         self._caller.outlook.event(
             FaultEvent(
                 what="forward_overdue", peer=peer.peer_id, layer=self._layer, cost_s=waited_s,
-                pairs=shipment.pair_P.numel(), action="hedge_won" if won else "hedge_lost",
+                pairs=shipment.pair_P.numel(), action="hedge_won",
             )
         )  # fmt: skip

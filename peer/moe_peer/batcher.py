@@ -168,6 +168,9 @@ class Batcher:
         self._waiting_rows = dict.fromkeys(Kind, 0.0)
         self.queue_rows = 0
         """Rows waiting now."""
+        self.answered_calls = 0
+        self.answered_rows = 0
+        """Of those calls, since the start."""
         self.queue_bytes = 0
         """Bytes of their tensors."""
         self.reserved_bytes = 0
@@ -367,6 +370,8 @@ class Batcher:
             if not isinstance(result, BaseException):
                 queue_us = _microseconds(started_s - job.arrived_s)
                 result = replace(cast(Answer, result), queue_us=queue_us, compute_us=compute_us)
+                self.answered_calls += 1
+                self.answered_rows += job.n_rows
             job.settle(result)
         self._pump()
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Any
 
-import tyro
-
+from moe_net.command_line import parse
 from moe_net.config import load_toml
 from moe_net.errors import MoeNetError
 from moe_net.garbage import tune_collector
+from moe_net.preflight import must_read_file
 from moe_net.rpc.poller import choose_poller
 from moe_peer.config import HealthConfig, ServeConfig, TokenizerConfig, TrainConfig
+from moe_peer.preflight import check_serve, check_train
 
 DESCRIPTION = "Host experts of a run, train its trunk, make its tokenizer, or ask whether a member is well."
-COMMANDS: dict[str, type[Any]] = {"serve": ServeConfig, "train": TrainConfig, "tokenizer": TokenizerConfig}
+COMMANDS: dict[str, type[Any]] = {
+    "serve": ServeConfig,
+    "train": TrainConfig,
+    "tokenizer": TokenizerConfig,
+    "health": HealthConfig,
+}
 
 
 def run_command(arguments: list[str] | None = None) -> int:
@@ -24,21 +30,24 @@ def run_command(arguments: list[str] | None = None) -> int:
     refused or a member is not well, 2 for a user's mistake."""
     try:
         config = read_command_line(sys.argv[1:] if arguments is None else arguments)
+        # Imported here, so that --help and a mistake start neither torch nor grpc nor an event loop.
         if isinstance(config, TokenizerConfig):
             from moe_peer.tokenizer import run_tokenizer
 
             return run_tokenizer(config)
-        choose_poller()
-        # Imported here, so that --help starts neither torch nor grpc nor an event loop.
-        if isinstance(config, ServeConfig):
-            from moe_peer.serve import run_serve
-
-            tune_collector()
-            return run_serve(config)
         if isinstance(config, HealthConfig):
             from moe_peer.health import run_health
 
             return run_health(config)
+        if isinstance(config, ServeConfig):
+            check_serve(config)
+            choose_poller()
+            from moe_peer.serve import run_serve
+
+            tune_collector()
+            return run_serve(config)
+        check_train(config)
+        choose_poller()
         from moe_peer.train import run_train
 
         tune_collector()
@@ -49,17 +58,15 @@ def run_command(arguments: list[str] | None = None) -> int:
 
 
 def read_command_line(arguments: list[str]) -> ServeConfig | TrainConfig | TokenizerConfig | HealthConfig:
-    """Options over those of the TOML file of `--config`, over the defaults. ValueError names the file's mistakes."""
-    command = arguments[0] if arguments else ""
-    file = _config_file(arguments)
-    kinds: list[Any] = []
-    for name, kind in COMMANDS.items():
-        default = load_toml(kind, file) if file is not None and name == command else kind()
-        kinds.append(Annotated[kind, tyro.conf.subcommand(name=name, default=default)])
-    kinds.append(Annotated[HealthConfig, tyro.conf.subcommand(name="health")])
-    # A union made at run time: the defaults are the file's.
-    either: Any = Union[tuple(kinds)]  # noqa: UP007
-    return tyro.cli(either, args=arguments, prog="moe-peer", description=DESCRIPTION)
+    """Options over those of the TOML file of `--config`, over the defaults. ValueError names the file's mistakes, and
+    what options do not allow."""
+    kind = COMMANDS.get(arguments[0]) if arguments else None
+    file = None if kind is None else _config_file(arguments)
+    default = None
+    if kind is not None and file is not None:
+        must_read_file("--config", file)
+        default = load_toml(kind, file)
+    return parse("moe-peer", COMMANDS, arguments, description=DESCRIPTION, default=default)
 
 
 def _config_file(arguments: Sequence[str]) -> Path | None:

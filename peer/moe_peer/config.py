@@ -89,6 +89,8 @@ class ServeConfig:
             check_multiaddr("dht_advertise", self.dht_advertise)
         if self.experts is not None and self.max_experts is not None:
             raise ValueError("experts and max_experts exclude each other")
+        for part in (self.experts or "*.*").split(","):
+            _read_part(part, self.experts or "")
         positive = {
             "max_experts": self.max_experts,
             "max_batch_rows": self.max_batch_rows,
@@ -277,16 +279,9 @@ def parse_experts(spec: str, model: ModelConfig) -> tuple[ExpertId, ...]:
     """The experts that `0.0-3,1.5`, `*.0-3` or `2.*` names, ascending. ValueError says which part is wrong."""
     chosen: set[ExpertId] = set()
     for part in spec.split(","):
-        layer_text, dot, index_text = part.strip().partition(".")
-        try:
-            if not dot:
-                raise ValueError("no dot")
-            layers = model.moe_layers if layer_text == "*" else _numbers(layer_text)
-            indices = range(model.n_experts) if index_text == "*" else _numbers(index_text)
-        except ValueError as error:
-            raise ValueError(
-                f"experts: {part.strip()!r} is not layer.index, like 0.0-3 or *.2 (of {spec!r}): {error}"
-            ) from None
+        some_layers, some_indices = _read_part(part, spec)
+        layers = model.moe_layers if some_layers is None else some_layers
+        indices = range(model.n_experts) if some_indices is None else some_indices
         for what, numbers, known in (
             ("layer", layers, model.moe_layers),
             ("index", indices, range(model.n_experts)),
@@ -299,7 +294,22 @@ def parse_experts(spec: str, model: ModelConfig) -> tuple[ExpertId, ...]:
     return tuple(sorted(chosen))
 
 
-def _numbers(text: str) -> range:
+def _read_part(part: str, spec: str) -> tuple[range | None, range | None]:
+    """Layers and indices that one part of `spec` names (None: all); ValueError when it names none."""
+    layer_text, dot, index_text = part.strip().partition(".")
+    try:
+        if not dot:
+            raise ValueError("no dot")
+        return _numbers(layer_text), _numbers(index_text)
+    except ValueError as error:
+        raise ValueError(
+            f"experts: {part.strip()!r} is not layer.index, like 0.0-3 or *.2 (of {spec!r}): {error}"
+        ) from None
+
+
+def _numbers(text: str) -> range | None:
+    if text == "*":
+        return None
     first, dash, last = text.partition("-")
     low = int(first)
     high = int(last) if dash else low

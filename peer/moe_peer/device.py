@@ -12,6 +12,10 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast
 
+import torch
+
+from moe_net.errors import DeviceError
+
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
 LaterT = TypeVar("LaterT", covariant=True)
@@ -49,8 +53,20 @@ class DeviceThread:
     whole or not at all. Not a ThreadPoolExecutor: its future, wrapped into the loop's, costs a call 0.06 ms more.
     """
 
-    def __init__(self, name: str = "device") -> None:
+    def __init__(
+        self,
+        name: str = "device",
+        *,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """`check` is run on the thread after work that raised a RuntimeError, and raises one itself when the device
+        computes no more: `failed` then raises. A CUDA error like an illegal address stays for as long as the process
+        lives."""
         self._name = name
+        self._check = check
+        self.failure = ""
+        """Why it computes no more."""
+        self._failed = asyncio.Event()
         self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -77,7 +93,7 @@ class DeviceThread:
         begun: deque[_Begun] = deque()
         while True:
             while begun and begun[0].ready():
-                _tell(begun[0].work, begun.popleft().later.result)
+                self._tell(begun[0].work, begun.popleft().later.result)
             try:
                 work = self._work.get(timeout=POLL_S if begun else None)
             except queue.Empty:
@@ -87,14 +103,49 @@ class DeviceThread:
             if self._closed:
                 work.loop.call_soon_threadsafe(work.future.cancel)
             elif not work.future.cancelled():
-                later = _tell(work, partial(work.fn, *work.args, **work.kwargs))
+                later = self._tell(work, partial(work.fn, *work.args, **work.kwargs))
                 if later is not None:
                     begun.append(_Begun(work, later))
                     del later
             # An idle thread keeps no tensors alive.
             del work
         for work, later in begun:
-            _tell(work, later.result)
+            self._tell(work, later.result)
+
+    def _tell(self, work: _Work, make: Callable[[], Any]) -> Later[Any] | None:
+        """The work's future gets what `make` returns or raises; unless that comes later."""
+        try:
+            result = make()
+        except BaseException as error:  # noqa: BLE001  (it belongs to whoever awaits the future)
+            if isinstance(error, RuntimeError):
+                self._look_after(error, work.loop)
+            work.loop.call_soon_threadsafe(_settle, work.future, None, error)
+        else:
+            if isinstance(result, Later):
+                return cast("Later[Any]", result)
+            work.loop.call_soon_threadsafe(_settle, work.future, result, None)
+        finally:
+            # An error keeps this frame, and the future keeps the error: without a cycle its arguments go with it.
+            del work, make
+        return None
+
+    def _look_after(self, error: RuntimeError, loop: asyncio.AbstractEventLoop) -> None:
+        """Whether the device still computes after `error`."""
+        if self._check is None:
+            return
+        try:
+            self._check()
+        except torch.OutOfMemoryError:  # of the check: memory comes back
+            pass
+        except RuntimeError:
+            self._check = None
+            self.failure = first_line(error)
+            loop.call_soon_threadsafe(self._failed.set)
+
+    async def failed(self) -> None:
+        """DeviceError once the device computes no more; waits until then."""
+        await self._failed.wait()
+        raise DeviceError(f"the device of the experts has failed ({self.failure}): start the peer again")
 
     async def close(self) -> None:
         """Let what runs finish, drop what waits, end the thread. May be called again."""
@@ -113,6 +164,11 @@ class DeviceThread:
         await self.close()
 
 
+def first_line(error: BaseException) -> str:
+    """What torch says, without its advice to programmers."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 class _Begun(NamedTuple):
     work: _Work
     later: Later[Any]
@@ -122,22 +178,6 @@ class _Begun(NamedTuple):
             return self.later.ready()
         except RuntimeError:  # of a GPU that has failed: `result` raises it to whom it belongs
             return True
-
-
-def _tell(work: _Work, make: Callable[[], Any]) -> Later[Any] | None:
-    """The work's future gets what `make` returns or raises; unless that comes later."""
-    try:
-        result = make()
-    except BaseException as error:  # noqa: BLE001  (it belongs to whoever awaits the future)
-        work.loop.call_soon_threadsafe(_settle, work.future, None, error)
-    else:
-        if isinstance(result, Later):
-            return cast("Later[Any]", result)
-        work.loop.call_soon_threadsafe(_settle, work.future, result, None)
-    finally:
-        # An error keeps this frame, and the future keeps the error: without a cycle its arguments go with it.
-        del work, make
-    return None
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,20 +14,46 @@ from moe_net.config import RunConfig
 from moe_net.experts.bank import memory_bytes
 from moe_net.kernels.memory import dispatch_bytes
 from moe_net.machine import available_memory_bytes
+from moe_peer.device import first_line
+
+log = logging.getLogger(__name__)
+
+GPU_FAILURES = (RuntimeError, AssertionError)
+"""What torch raises for a device that it cannot use: the second where it was built without CUDA."""
 
 
 def find_device(asked: str | None) -> str:
-    """The device asked for, or the first CUDA device, or the CPU. ValueError when it is not here."""
+    """The device asked for, or the first CUDA device if that computes, or the CPU. ValueError when the one asked for is
+    not here, or does not compute."""
     n_devices = torch.cuda.device_count()
     if asked is None:
-        return "cuda" if n_devices else "cpu"
+        if not n_devices:
+            return "cpu"
+        try:
+            check_device("cuda")
+        except GPU_FAILURES as error:
+            log.warning("the CUDA device cannot be used, so experts run on the CPU: %s", first_line(error))
+            return "cpu"
+        return "cuda"
     try:
         device = torch.device(asked)
     except RuntimeError as error:
-        raise ValueError(f"device={asked!r}: {error}") from error
+        raise ValueError(f"device={asked!r}: {first_line(error)}") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= n_devices):
         raise ValueError(f"device={asked!r}: there are {n_devices} CUDA devices here, and the CPU")
+    if device.type == "cuda":
+        try:
+            check_device(asked)
+        except GPU_FAILURES as error:
+            raise ValueError(f"device={asked!r} cannot be used: {first_line(error)}") from error
     return asked
+
+
+def check_device(device: str) -> None:
+    """One tiny product; raises one of `GPU_FAILURES` when the device does not compute, or not right."""
+    ones = torch.ones((16, 16), device=device)
+    if float((ones @ ones)[0, 0]) != 16:
+        raise RuntimeError("a product of ones came out wrong")
 
 
 def memory_of_experts(device: str, run: RunConfig, *, max_batch_rows: int) -> tuple[int, int]:

@@ -130,6 +130,11 @@ class Event:
     pairs: int = 0
     detail: str = ""
 
+    @property
+    def is_fault(self) -> bool:
+        """A hedge is none: it is how a late answer costs nothing."""
+        return self.action not in ("hedge_won", "hedge_lost")
+
     @classmethod
     def of(cls, fault: FaultEvent, *, step: int, at_s: float) -> Event:
         return cls(

@@ -71,7 +71,7 @@ def summary(
     """The run in words: losses against the bigram model, speed, bytes, drops, staleness and each kind of fault."""
     steps = [r for r in records if isinstance(r, StepMetrics)]
     evals = [r for r in records if isinstance(r, EvalMetrics)]
-    events = [r for r in records if isinstance(r, Event)]
+    events = [r for r in records if isinstance(r, Event) and r.is_fault]
     lines = [title, "=" * len(title)]
     if not steps:
         return "\n".join([*lines, "no step was made", ""])
@@ -161,7 +161,9 @@ def draw(records: Sequence[Record], path: Path, *, title: str, bigram_nats_per_b
     _draw_loss(axes[0], steps, evals, bigram_nats_per_byte)
     _draw_speed(axes[1], steps)
     _draw_swarm(axes[2], steps)
-    marks = fault_marks([r for r in records if isinstance(r, Event)], gap_steps=max(1, (last - first) // 40))
+    marks = fault_marks(
+        [r for r in records if isinstance(r, Event) and r.is_fault], gap_steps=max(1, (last - first) // 40)
+    )
     _draw_marks(axes, marks, span=(first, last))
     for axis in axes:
         axis.grid(axis="y", color="#e4e7eb", linewidth=0.8)

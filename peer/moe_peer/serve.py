@@ -41,6 +41,7 @@ from moe_peer.gossip import Gossip, Meeting
 from moe_peer.memory import find_device, memory_of_experts
 from moe_peer.memory_plan import MIB, SCARCE_BYTES, MemoryPlan, plan_memory
 from moe_peer.server import ExpertServer
+from moe_peer.status import say_what_is_served
 from moe_peer.threads import use_threads
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def run_serve(config: ServeConfig) -> int:
 
 
 async def _serve(config: ServeConfig) -> None:
+    device = find_device(config.device)
     identity = Identity.generate() if config.identity is None else Identity.load_or_create(config.identity)
     async with AsyncExitStack() as stack:
         # The one call before the DHT's daemon starts (by fork and exec at once, which gRPC survives; no channel is left
@@ -75,7 +77,6 @@ async def _serve(config: ServeConfig) -> None:
         )
         stack.push_async_callback(discovery.close)
         run = known or _read_manifest(await _manifest_from_dht(discovery, config), config)
-        device = find_device(config.device)
         experts, plan = await _choose_experts(config, run, device, discovery, identity)
         # Off the loop: the DHT's neighbours ping us meanwhile.
         host = await asyncio.to_thread(_make_host, config, run, device, experts, plan)
@@ -138,9 +139,11 @@ async def _serve(config: ServeConfig) -> None:
         log.info(
             "serving %d experts (%s) of run %s at %s", len(experts), describe(experts), run.name, announcer.address
         )
+        keeping = asyncio.gather(keep_manifest(discovery, to_json(run)), say_what_is_served(lambda: server.served))
         try:
-            await keep_manifest(discovery, to_json(run))
+            await server.failed()
         finally:
+            keeping.cancel()
             log.info("leaving: withdraw, finish what runs (%.0f s at most), stop", config.grace_s)
             await asyncio.gather(announcer.close(), server.leave(grace_s=config.grace_s))
 
@@ -169,6 +172,9 @@ async def _catch_up(
 
 
 def _print_meeting(meeting: Meeting) -> None:
+    """For machines: a terminal gets the line of `status`."""
+    if sys.stdout.isatty():
+        return
     event = {
         "event": "exchange",
         "partner": meeting.partner,

@@ -60,7 +60,9 @@ from moe_peer.batcher import Batcher
 from moe_peer.device import DeviceThread
 from moe_peer.gossip import Meeting, Replicator
 from moe_peer.landing import LandedCalls
+from moe_peer.memory import check_device
 from moe_peer.sharing import ShareFiles, Sharing
+from moe_peer.status import Served
 from moe_peer.streams import FewReflections, FewWatches, Places
 
 log = logging.getLogger(__name__)
@@ -138,12 +140,14 @@ class ExpertServer:
         chunk_timeout_s: float = CHUNK_TIMEOUT_S,
         sparing: bool = False,
         on_meeting: Callable[[Meeting], None] = lambda _: None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """`max_concurrent_calls` bounds what gRPC takes in before we see and count it: that many messages of at most
         `limits.max_message_bytes`. By default 64 or more, up to 512, as many as fit into 8 times `max_queue_bytes`:
         with the defaults 64, or 2 GiB if as many callers send the largest message at the same moment. `sparing` takes
         less memory for calls in pieces and for Fetch, which are slower then. `on_meeting` hears of every exchange that
-        another replica began."""
+        another replica began. `check` raises a RuntimeError when the device computes no more; by default a tiny product
+        on a GPU."""
         self._host = host
         self._run = run
         self._peer_id = peer_id
@@ -152,7 +156,11 @@ class ExpertServer:
         self._matrices = matrices_on(host.device, host.compute_dtype)
         on_cpu = self._matrices is ON_CPU
         runner = host if on_cpu else LandedCalls(host, self._matrices)
-        self._device = DeviceThread()
+        if check is None and host.device.type == "cuda":
+            check = partial(check_device, str(host.device))
+        self._device = DeviceThread(check=check)
+        self.failed = self._device.failed
+        """Waits for DeviceError: the device computes no more."""
         # One thread, so that reading large messages takes no more than one core from the experts.
         self._codec = DeviceThread("codec")
         self._batcher = Batcher(
@@ -225,8 +233,13 @@ class ExpertServer:
         self._left_s = asyncio.get_running_loop().time()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                while self._unsaved:
+                while self._unsaved and not self._device.failure:
                     await self._next_fetch()
+
+    @property
+    def served(self) -> Served:
+        """Until now."""
+        return Served(self._batcher.answered_calls, self._batcher.answered_rows, self._host.versions)
 
     async def _next_fetch(self) -> None:
         """TimeoutError when none comes, and none runs."""

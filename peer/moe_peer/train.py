@@ -78,6 +78,9 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: Stop,
             f"sequences={config.sequences} make a step of {step_tokens} tokens, more than the run's "
             f"global_batch_tokens={run.global_batch_tokens}: no peer would take its commits. Give fewer sequences"
         )
+    note = run.batch_note(trainers=config.trainers, sequences=config.sequences)
+    if note is not None:
+        print(note, file=sys.stderr)
     if config.min_experts_per_token > run.model.n_experts:
         raise ValueError(
             f"min_experts_per_token={config.min_experts_per_token}, but a layer of the run has {run.model.n_experts}"

@@ -23,6 +23,7 @@ COMMANDS = [
     ("moe_coordinator.cli", ("local",)),
     ("moe_coordinator.cli", ("proxy",)),
     ("moe_coordinator.cli", ("chaos",)),
+    ("moe_coordinator.cli", ("fields",)),
     ("moe_peer.cli", ()),
     ("moe_peer.cli", ("serve",)),
     ("moe_peer.cli", ("train",)),

@@ -185,7 +185,7 @@ def test_gradients_of_every_weight_equal_finite_differences() -> None:
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_later_tokens_change_no_earlier_logits_even_with_a_tight_capacity(k: int) -> None:
-    model = local_model(with_router(experts_per_token=k, capacity_factor=0.5))
+    model = local_model(with_router(experts_per_token=k, combine="raw", capacity_factor=0.5))
     tokens_BS = random_tokens(3, 12)
     before_BSV, routings = model(tokens_BS)
     assert all(int(routing.overflow) > 0 for routing in routings)
@@ -197,7 +197,7 @@ def test_later_tokens_change_no_earlier_logits_even_with_a_tight_capacity(k: int
 
 
 def test_a_token_whose_pairs_are_all_dropped_passes_through_the_residual() -> None:
-    config = with_router(experts_per_token=1, capacity_factor=0.2)
+    config = with_router(experts_per_token=1, combine="raw", capacity_factor=0.2)
     moe = LocalMoE(config, 0)
     h_BSD = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y_BSD, routing = moe(h_BSD)

@@ -80,6 +80,8 @@ def test_an_unknown_preset_names_the_choices() -> None:
         ({"n_kv_heads": 3}, "n_kv_heads=3"),
         ({"router": RouterConfig(experts_per_token=9)}, "experts_per_token=9"),
         ({"moe_every": 0}, "moe_every"),
+        ({"router": RouterConfig(experts_per_token=1)}, 'Use combine = "raw"'),
+        ({"init_std": 0.0}, "init_std=0.0 must be positive"),
     ],
 )
 def test_a_model_that_cannot_work_is_refused(changes: dict[str, object], message: str) -> None:
@@ -106,6 +108,7 @@ def test_a_model_that_cannot_exist_is_refused(wrong: dict[str, int], complaint: 
     ("kind", "wrong", "complaint"),
     [
         (OptimizerConfig, {"learning_rate": math.nan}, "learning_rate=nan"),
+        (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate=0 learns nothing"),
         (OptimizerConfig, {"weight_decay": math.inf}, "weight_decay=inf"),
         (OptimizerConfig, {"beta1": 1.0}, "beta1=1.0"),
         (RouterConfig, {"balance_loss": math.nan}, "balance_loss=nan"),
@@ -119,3 +122,24 @@ def test_what_is_no_number_or_out_of_range_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(complaint)):
         kind(**wrong)
+
+
+def test_a_layer_of_one_expert_has_nothing_to_route() -> None:
+    assert ModelConfig(n_experts=1, router=RouterConfig(experts_per_token=1)).n_experts == 1
+
+
+@pytest.mark.parametrize(
+    ("trainers", "sequences", "note"),
+    [
+        (1, 16, None),
+        (2, 8, None),
+        (1, 8, "make 1024 tokens a step, and experts step once global_batch_tokens=2048 are committed: every 2 steps"),
+        (1, 3, "every 5.33 steps"),
+        (4, 16, "4 times a step"),
+    ],
+)
+def test_how_often_experts_step_is_said_when_it_is_not_once_a_step(
+    trainers: int, sequences: int, note: str | None
+) -> None:
+    said = RunConfig().batch_note(trainers=trainers, sequences=sequences)
+    assert said is None if note is None else said is not None and note in said

@@ -68,6 +68,15 @@ def test_the_summary_gives_the_runs_numbers() -> None:
         assert part in text
 
 
+@pytest.mark.parametrize("action", ["hedge_won", "hedge_lost"])
+def test_a_hedge_is_no_fault(action: str, tmp_path: Path) -> None:
+    hedge = Event(step=3, what="forward_overdue", action=action, cost_s=0.2)
+    faultless = [record for record in _records() if not isinstance(record, Event)]
+    assert summary([*faultless, hedge], title="demo") == summary(faultless, title="demo")
+    fault = Event(step=3, what="forward_failed", action="elsewhere")
+    assert "1 x forward_failed -> elsewhere" in summary([*faultless, hedge, fault], title="demo")
+
+
 def test_a_bigram_that_was_not_passed_is_said_so() -> None:
     assert "not passed (best held-out +" in summary(_records(), title="demo", bigram_nats_per_byte=1.0)
 

@@ -188,6 +188,23 @@ async def test_a_hedge_wins_when_the_primary_stalls() -> None:
     assert favourite in swarm.view().peers, "late is not failed"
 
 
+async def test_a_hedge_that_loses_is_counted_and_is_no_event() -> None:
+    swarm, transport, _, _ = swarm_of(2)
+    for _ in range(3):
+        await forward(swarm)
+    favourite = transport.asked("forward")[0]
+    other = "p1" if favourite == "p0" else "p0"
+    before, n_calls = transport.happened(), len(transport.asked("forward"))
+    late = transport.stalled["forward", favourite] = asyncio.Event()
+    transport.stalled["forward", other] = asyncio.Event()
+    running = asyncio.create_task(forward(swarm))
+    await until(lambda: len(transport.asked("forward")) == n_calls + 2)
+    late.set()
+    assert [one.peer.peer_id for one in (await running).answered] == [favourite]
+    assert (swarm.stats.hedges, swarm.stats.hedges_won) == (1, 0)
+    assert transport.happened() == before
+
+
 async def test_hedges_stay_within_their_share_of_the_calls() -> None:
     swarm, transport, _, _ = swarm_of(2, hedge_fraction=0.05, hedge_burst=2.0)
     for _ in range(3):

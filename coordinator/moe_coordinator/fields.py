@@ -36,7 +36,9 @@ def _table(values: Any, path: tuple[str, ...]) -> Iterator[str]:
     for field in dataclasses.fields(values):
         if field.name not in nested:
             yield from textwrap.wrap(docs[field.name], WIDTH, initial_indent="# ", subsequent_indent="# ")
-            yield f"{field.name} = {toml_value(getattr(values, field.name))}"
+            value = getattr(values, field.name)
+            # TOML has no word for what is absent.
+            yield f"# {field.name} =" if value is None else f"{field.name} = {toml_value(value)}"
     for name in nested:
         yield from _table(getattr(values, name), (*path, name))
 

@@ -96,7 +96,10 @@ def test_the_manifest_that_is_printed_is_one(name: str, tmp_path: Path, capsys: 
     (tmp_path / "run.toml").write_text(printed)
     assert load_toml(RunConfig, tmp_path / "run.toml") == RunConfig(model=PRESETS[name])
     assert printed.strip() == manifest(RunConfig(model=PRESETS[name]))
-    assert set(tomllib.loads(printed)) == set(RunConfig.__dataclass_fields__)
+    # A field that is absent by default stands there as a comment.
+    assert set(tomllib.loads(printed.replace("# tokenizer_sha256 =", "tokenizer_sha256 = ''"))) == set(
+        RunConfig.__dataclass_fields__
+    )
 
 
 @pytest.mark.parametrize("kind", [RunConfig, OptimizerConfig, ModelConfig, RouterConfig])

@@ -21,6 +21,8 @@ from moe_net.model.config import PRESETS, ModelConfig
 from moe_net.optim import OptimizerConfig
 
 RUN_FILE = "run.toml"
+MAX_PROCESSES = 1024
+"""Of one kind, on one machine."""
 N_BYTES = 256
 """Tokens that every tokenizer of text has at least: one for each byte."""
 
@@ -183,6 +185,8 @@ class LocalOptions:
     def __post_init__(self) -> None:
         if self.peers < 1 or self.trainers < 1:
             raise ValueError("peers and trainers must be at least 1")
+        if max(self.peers, self.trainers) > MAX_PROCESSES:
+            raise ValueError(f"peers={self.peers} and trainers={self.trainers} must be {MAX_PROCESSES} at most")
         if not 1 <= self.replicas <= self.peers:
             raise ValueError(f"replicas={self.replicas} is not in 1..peers={self.peers}")
         if self.base_port and not 1 <= self.base_port <= MAX_PORT - self.peers:
@@ -216,7 +220,7 @@ def check_batch(run: RunConfig, *, sequences: int) -> None:
     tokens = sequences * run.model.seq_len
     if tokens > run.global_batch_tokens:
         raise ValueError(
-            f"sequences={sequences} make a step of {tokens} tokens, more than the run's "
+            f"sequences={sequences} of seq_len={run.model.seq_len} make a step of {tokens} tokens, more than the run's "
             f"global_batch_tokens={run.global_batch_tokens}. Give fewer sequences"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -76,8 +77,8 @@ class Fault:
                 raise ValueError(f"{self.what} needs {name}")
             if value is not None and name not in may:
                 raise ValueError(f"{name} says nothing about {self.what}")
-            if isinstance(value, float) and not value >= 0:
-                raise ValueError(f"{name} must not be negative")
+            if isinstance(value, float) and not 0 <= value < math.inf:  # false of a NaN
+                raise ValueError(f"{name}={value} must be a number, and not negative")
         if self.what == "delay" and not any((self.round_trip_s, self.jitter_s, self.tail_s)):
             raise ValueError("delay needs round_trip_s, jitter_s or tail_s")
         if (self.tail_s is None) != (self.tail_probability is None):
@@ -116,6 +117,11 @@ class Network:
     """MiB/s of each peer in each direction; no bound when absent."""
 
     def __post_init__(self) -> None:
+        for name in ("round_trip_s", "jitter_s", "tail_s"):
+            if not 0 <= getattr(self, name) < math.inf:  # false of a NaN
+                raise ValueError(f"{name}={getattr(self, name)} must be a number, and not negative")
+        if not 0 <= self.tail_probability <= 1:
+            raise ValueError(f"tail_probability={self.tail_probability} is not in 0..1")
         self.conditions  # noqa: B018  what cannot be is found now
 
     @property

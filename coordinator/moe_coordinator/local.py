@@ -49,6 +49,11 @@ def main(options: LocalOptions) -> int:
     faults = fault_plan(options, steps=options.steps or run.optimizer.total_steps)
     check_batch(run, sequences=options.sequences)
     specs = deal_experts(run.model, peers=options.peers, replicas=options.replicas)
+    return begin(options, run, specs, faults)
+
+
+def begin(options: LocalOptions, run: RunConfig, specs: Sequence[str], faults: FaultPlan) -> int:
+    """Everything after the checks."""
     with alone_in(options.out):
         run, options = with_tokenizer(options, run)
         (options.out / RUN_FILE).write_text(to_toml(run))

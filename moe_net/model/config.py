@@ -8,6 +8,11 @@ from typing import Literal
 
 from moe_net.types import Activation, ExpertId, ExpertShape
 
+# Beyond these a run would fail somewhere inside: records number layers with 16 bits, kernels address with 32.
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 2**16
+MAX_EXPERTS = 2**20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
@@ -88,6 +93,14 @@ class ModelConfig:
                      "n_experts", "d_ff_expert"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) > MAX_SIZE:
+                raise ValueError(f"{name}={getattr(self, name)} is more than {MAX_SIZE}")
+        if self.n_layers > MAX_LAYERS:
+            raise ValueError(f"n_layers={self.n_layers} is more than {MAX_LAYERS}")
+        if self.n_layers * self.n_experts > MAX_EXPERTS:
+            raise ValueError(
+                f"n_layers={self.n_layers} with n_experts={self.n_experts} each are more than {MAX_EXPERTS} experts"
+            )
         for name in ("rope_theta", "rms_eps"):
             if not 0 <= getattr(self, name) < math.inf:  # false of a NaN
                 raise ValueError(f"{name}={getattr(self, name)} must be a number, and not negative")

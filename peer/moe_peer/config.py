@@ -15,6 +15,8 @@ from moe_net.types import ExpertId
 from moe_peer.cut import Cut, open_cuts
 
 MAX_THREADS = 1024
+MAX_SEQUENCES = 2**16
+"""Of one step; the ways to cut it into micro-batches are listed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +206,8 @@ class TrainConfig:
         for name, value in at_least_one.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.sequences > MAX_SEQUENCES:
+            raise ValueError(f"sequences={self.sequences} is more than {MAX_SEQUENCES}")
         if self.go_on and self.resume is not None:
             raise ValueError("go_on and resume exclude each other: go_on is to resume from --out")
         if not 0 <= self.trainer_index < self.trainers:

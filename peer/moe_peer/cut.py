@@ -75,6 +75,8 @@ def open_cuts(*, sequences: int, micro_batches: int, in_flight: int) -> tuple[Cu
     """
     if min(micro_batches, in_flight) < 0:
         raise ValueError("micro_batches and in_flight must not be negative")
+    if micro_batches == 0 and in_flight > 0 and sequences % in_flight:
+        raise ValueError(f"in_flight={in_flight} does not divide sequences={sequences}: say micro_batches as well")
     if micro_batches == 0 and in_flight > 0:
         micro_batches = in_flight
     if micro_batches and sequences % micro_batches:

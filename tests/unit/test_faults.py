@@ -58,7 +58,7 @@ def test_the_examples_are_what_a_run_of_three_peers_can_have(file: Path) -> None
         ({"what": "corrupt"}, "corrupt needs per_mib"),
         ({"what": "delay"}, "delay needs round_trip_s"),
         ({"what": "delay", "tail_s": 1.0}, "go together"),
-        ({"what": "delay", "round_trip_s": -1.0}, "must not be negative"),
+        ({"what": "delay", "round_trip_s": -1.0}, "round_trip_s=-1.0 must be a number, and not negative"),
         ({"what": "cut", "target": "coordinator"}, "only peers have one"),
         ({"what": "restart", "target": "trainer-0"}, "only peers and the coordinator are restarted"),
         ({"what": "disconnect", "after_s": 1.0}, "after_s says nothing about disconnect"),

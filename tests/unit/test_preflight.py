@@ -45,7 +45,7 @@ MISTAKES = [
     ((*LOCAL, "--faults", "binary"), "binary: 'utf-8' codec can't decode"),
     ((*LOCAL, "--config", "nowhere"), "--config nowhere: there is no such file"),
     ((*LOCAL, "--config", "words.toml"), "model.vocab_size=64: tokenizer='bytes' has 256 tokens or more"),
-    ((*LOCAL, "--config", "run.toml", "--sequences", "17"), "sequences=17 make a step of 2176 tokens, more than the"),
+    ((*LOCAL, "--config", "run.toml", "--sequences", "17"), "sequences=17 of seq_len=128 make a step of 2176 tokens"),
     ((*COORDINATOR[:3], "words.toml"), "model.vocab_size=64"),
     ((*COORDINATOR[:3], "top1.toml"), 'Use combine = "raw"'),
     ((*COORDINATOR[:3], "nowhere"), "--config nowhere: there is no such file"),

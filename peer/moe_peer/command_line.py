@@ -14,7 +14,7 @@ from moe_net.garbage import tune_collector
 from moe_net.preflight import must_read_file
 from moe_net.rpc.poller import choose_poller
 from moe_peer.config import HealthConfig, ServeConfig, TokenizerConfig, TrainConfig
-from moe_peer.preflight import check_serve, check_train
+from moe_peer.preflight import check_serve, check_tokenizer, check_train
 
 DESCRIPTION = "Host experts of a run, train its trunk, make its tokenizer, or ask whether a member is well."
 COMMANDS: dict[str, type[Any]] = {
@@ -32,6 +32,7 @@ def run_command(arguments: list[str] | None = None) -> int:
         config = read_command_line(sys.argv[1:] if arguments is None else arguments)
         # Imported here, so that --help and a mistake start neither torch nor grpc nor an event loop.
         if isinstance(config, TokenizerConfig):
+            check_tokenizer(config)
             from moe_peer.tokenizer import run_tokenizer
 
             return run_tokenizer(config)

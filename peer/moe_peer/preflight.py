@@ -12,7 +12,7 @@ from moe_net.preflight import (
     must_read_text,
     must_write_folder,
 )
-from moe_peer.config import ServeConfig, TrainConfig
+from moe_peer.config import ServeConfig, TokenizerConfig, TrainConfig
 
 
 def check_serve(config: ServeConfig) -> None:
@@ -52,3 +52,9 @@ def _check_join(addresses: Sequence[str]) -> None:
         )
     for address in addresses:
         check_join(address)
+
+
+def check_tokenizer(config: TokenizerConfig) -> None:
+    """ValueError or OSError names the option with which no tokenizer could be made."""
+    if config.data is not None:
+        must_read_text("--data", config.data)

@@ -43,6 +43,8 @@ MAINS: dict[str, Callable[[list[str]], None]] = {
 NEEDED = {
     ("moe-peer", "serve"): {"join": "127.0.0.1:1"},
     ("moe-peer", "train"): {"join": "127.0.0.1:1"},
+    ("moe-peer", "tokenizer"): {},
+    ("moe-peer", "health"): {"what": "127.0.0.1:1"},
     ("moe-coordinator", "serve"): {"config": "run.toml"},
     ("moe-coordinator", "local"): {},
     ("moe-coordinator", "proxy"): {"listen": "127.0.0.1:0", "target": "127.0.0.1:1"},
@@ -111,6 +113,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     stub("moe_peer.serve", "run_serve")
     stub("moe_peer.train", "run_train")
+    stub("moe_peer.tokenizer", "run_tokenizer")
+    stub("moe_peer.health", "run_health")
     stub("moe_coordinator.serve", "main")
     monkeypatch.setattr(moe_coordinator.local, "begin", lambda *_: 0)
     monkeypatch.setattr("moe_coordinator.chaos.until_signalled", lambda work: work)
@@ -121,7 +125,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def words(program: str, command: str, **changed: str) -> list[str]:
     given = NEEDED[program, command] | changed
-    return [command, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
+    positional = ["--", given.pop("what")] if "what" in given else []
+    return [command, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), *positional]
 
 
 def outcome(program: str, arguments: list[str]) -> tuple[int, str]:
@@ -195,12 +200,15 @@ def test_any_value_of_any_field_of_a_manifest_is_taken_or_named(
 
 @SETTINGS
 @given(
-    option=st.sampled_from([(c, f.name) for c, kind in PEER.items() for f in dataclasses.fields(kind)]), value=VALUES
+    option=st.sampled_from(
+        [(c, f.name) for c, kind in PEER.items() if c != "health" for f in dataclasses.fields(kind)]
+    ),
+    value=VALUES,
 )
 def test_any_value_of_any_option_in_a_file_is_taken_or_named(option: tuple[str, str], value: Any, folder: Path) -> None:
     command, name = option
     (folder / "changed.toml").write_text(toml("", name, value))
-    given = [] if name == "join" else ["--join", "127.0.0.1:1"]
+    given = [] if name == "join" or command == "tokenizer" else ["--join", "127.0.0.1:1"]
     check_file("moe-peer", [command, *given, "--config", "changed.toml"], name, folder)
 
 

@@ -285,7 +285,7 @@ async def test_a_swarm_that_would_not_do_what_was_asked_does_not_begin(tmp_path:
         (("--kill-peer-at-step", "300"), b"kill_peer_at_step=300 is not one of the steps 0..299"),
         (("--faults", str(faults)), b"fault.0.target: the run has no peer-9"),
         (("--faults", str(containers)), b"fault.0: disconnect takes a member's whole network away"),
-        (("--resume", str(tmp_path / "nowhere")), b"No such file or directory"),
+        (("--resume", str(tmp_path / "nowhere")), b"there is no such folder"),
     ):
         process = await local_swarm(tmp_path, STEPS, *wrong)
         stdout, stderr = await process.communicate()

@@ -61,12 +61,12 @@ async def test_two_coordinators_do_not_share_a_folder_nor_a_dht_port(tmp_path: P
     spec = coordinator_spec(tmp_path)
     async with Supervisor(tmp_path / "logs") as supervisor:
         await (await supervisor.start(spec)).ready(READY_S)
-        again = await supervisor.start(spec)
+        argv = list(spec.argv)
+        argv[argv.index("--listen") + 1] = "127.0.0.1:0"
+        again = await supervisor.start(ChildSpec(name="again", argv=tuple(argv)))
         with pytest.raises(ChildError, match=r"exit code 2(.|\n)*another process writes to"):
             await again.ready(READY_S)
-        argv = list(spec.argv)
         argv[argv.index("--state") + 1] = str(tmp_path / "other")
-        argv[argv.index("--listen") + 1] = "127.0.0.1:0"
         second = await supervisor.start(ChildSpec(name="second", argv=tuple(argv)))
         with pytest.raises(ChildError, match=r"cannot listen on /ip4/127\.0\.0\.1/tcp/\d+: Address already in use"):
             await second.ready(READY_S)

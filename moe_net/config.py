@@ -39,8 +39,8 @@ class RunConfig:
     tokenizer: Literal["bytes", "bpe"] = "bytes"
     """Bytes, or a BPE of up to `model.vocab_size` tokens."""
     tokenizer_sha256: str | None = None
-    """Of the BPE's file, which `moe-peer tokenizer` makes and every trainer is given. Without it, a run of one trainer
-    has a BPE of that trainer's text."""
+    """SHA-256 of the BPE's file, which `moe-peer tokenizer` makes and every trainer is given. Without it, a run of one
+    trainer has a BPE of that trainer's text."""
     record_ttl_s: float = 30.0
     """Life of a peer's record in the DHT; peers refresh it after a third of that."""
 

@@ -7,7 +7,7 @@ import signal
 from types import FrameType, TracebackType
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 0, signal.SIGHUP: 0}
-"""Who is asked to stop by a service manager, or by a terminal that closes, has stopped as it should."""
+"""Exit code of a process that a service manager, or a terminal that closes, asked to stop: it did as it should."""
 DEFAULTS = (signal.default_int_handler, signal.SIG_DFL)
 
 

@@ -23,7 +23,7 @@ class _Kind(NamedTuple):
     memory_limits: tuple[str, ...]
     memory_usage: str
     file_cache: str
-    """Of memory.stat: file cache, of the whole group, that the kernel gives back when memory is asked for."""
+    """Field of memory.stat: file cache of the whole group that the kernel gives back when memory is asked for."""
 
 
 _V1 = _Kind(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")

@@ -55,7 +55,7 @@ def main(options: ChaosOptions) -> int:
 
 
 class Performer(Protocol):
-    """Who carries faults out: `Containers`, or a test's."""
+    """What carries faults out: `Containers`, or a stand-in of a test."""
 
     async def perform(self, action: Action, active: Sequence[Fault]) -> None:
         """Begin a fault or end it; `active` are those that last from now on, in the order of their beginnings."""

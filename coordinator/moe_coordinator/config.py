@@ -22,7 +22,7 @@ from moe_net.optim import OptimizerConfig
 
 RUN_FILE = "run.toml"
 MAX_PROCESSES = 1024
-"""Of one kind, on one machine."""
+"""The most members of one kind on one machine."""
 N_BYTES = 256
 """Tokens that every tokenizer of text has at least: one for each byte."""
 
@@ -83,7 +83,7 @@ class ProxyOptions:
     """TOML file whose [network] says how it begins, like examples/faults.toml; its [[fault]] tables are not for the
     proxy, but for who drives it."""
     name: str = "peer-0"
-    """Of the server: with the file's seed it decides which jitter, tails and damage are drawn."""
+    """The server's name: with the file's seed it decides which jitter, tails and damage are drawn."""
 
     def __post_init__(self) -> None:
         check_listen(self.listen)
@@ -126,7 +126,7 @@ class FieldsOptions:
     """Print a run's manifest with every field, what it means and its default: a beginning for a run.toml."""
 
     preset: Literal["tiny", "small", "switch-base-like", "glam-like", "st-moe-like"] = "tiny"
-    """Whose model: `tiny` trains in minutes on two cores, the others are the papers' (see moe_net/model/config.py)."""
+    """The preset whose model is shown: `tiny` trains in minutes on two cores, the others are the papers'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

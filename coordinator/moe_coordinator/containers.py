@@ -27,11 +27,11 @@ class Life:
     """Which start of a container this is, and whether it still runs."""
 
     started_at: str
-    """As the engine writes it; another one means that it was started again."""
+    """The time as the engine writes it; another one means that the container was started again."""
     running: bool
     """Paused counts as running."""
     exit_code: int
-    """Of its last end."""
+    """The exit code of the container's last end."""
 
 
 async def docker(*arguments: str) -> str:

@@ -24,7 +24,7 @@ def main(options: FieldsOptions) -> int:
 
 
 def manifest(run: RunConfig) -> str:
-    """As `load_toml` reads it back, a comment before each field."""
+    """The TOML that `load_toml` reads back as `run`, with a comment before each field."""
     return "\n".join(_table(run, ())).strip()
 
 

@@ -28,9 +28,9 @@ class Change:
     """What one line of stdin asks for; what is absent stays as it is."""
 
     up: Conditions | None = None
-    """Of the way to the target from now on."""
+    """Conditions of the way to the target from now on."""
     down: Conditions | None = None
-    """Of the way from the target from now on."""
+    """Conditions of the way from the target from now on."""
     cut: bool | None = None
     """true: connections are reset and new ones refused, until false."""
 

@@ -58,7 +58,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def tag() -> str:
-    """Of our images, so that those that somebody uses keep their name."""
+    """The tag of our images, so that those that somebody uses keep their name."""
     return f"test-{secrets.token_hex(4)}"
 
 

@@ -18,7 +18,7 @@ class Part:
 
     name: str
     size_bytes: int
-    """Of the file that it stands for."""
+    """Bytes of the file that the part stands for."""
     text: bytes = b""
     reason: str = ""
     where: str = ""

@@ -16,7 +16,7 @@ class LeftOut:
     name: str
     reason: str
     where: str
-    """Of the first part, like `line 17`; empty for a whole file."""
+    """Place of the first part, like `line 17`; empty for a whole file."""
     is_fault: bool
     """The text is at fault; otherwise it is empty, or there is another copy of it."""
     count: int = 0
@@ -49,11 +49,11 @@ class Reading:
 
     @property
     def faulty_bytes(self) -> int:
-        """Of what was left out for a fault of the text."""
+        """Bytes that were left out for a fault of the text."""
         return sum(left.size_bytes for left in self.left_out.values() if left.is_fault)
 
     def __str__(self) -> str:
-        """As in `read 1 of 2 files, 30 of 520 KB; left out: big.txt (not UTF-8 at byte 480000)`."""
+        """One line: `read 1 of 2 files, 30 of 520 KB; left out: big.txt (not UTF-8 at byte 480000)`."""
         unit, size = next((unit, size) for unit, size in _UNITS if self.found_bytes >= size or size == 1)
         text = f"read {self.read_files} of {_files(self.found_files)}, "
         text += f"{_in(self.read_bytes, size)} of {_in(self.found_bytes, size)} {unit}"

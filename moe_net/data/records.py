@@ -133,7 +133,7 @@ def parquet_rows(file: FoundFile, opened: BinaryIO, text_field: str) -> Iterator
 
 
 def arrow_rows(file: FoundFile, opened: BinaryIO, text_field: str) -> Iterator[Part]:
-    """As `parquet_rows`, of an Arrow stream (`Dataset.save_to_disk` writes such) or an Arrow file."""
+    """Rows as `parquet_rows` gives them, of an Arrow stream (`Dataset.save_to_disk` writes such) or an Arrow file."""
     try:
         import pyarrow as pa
     except ImportError:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _STEP_S = 1e-5
 
 WITHDRAW_S = 3.5
-"""For a withdrawal. Members that stop at the same moment do not answer, which the DHT finds out in 3 s."""
+"""Seconds that a withdrawal may take. Members that stop at the same moment do not answer; the DHT finds that in 3 s."""
 
 
 class Announcer:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # An AF_UNIX path has at most 107 bytes; the daemon's file names take up to 32.
 _MAX_SOCKET_DIR_BYTES = 70
 SHUTDOWN_TIMEOUT_S = 1.0
-"""For the daemon to stop before it is killed: it takes some 20 ms, and has nothing to lose."""
+"""Seconds that the daemon has to stop before it is killed: it takes some 20 ms, and has nothing to lose."""
 
 
 class Daemon(P2P):

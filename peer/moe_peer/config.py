@@ -16,7 +16,7 @@ from moe_peer.cut import Cut, open_cuts
 
 MAX_THREADS = 1024
 MAX_SEQUENCES = 2**16
-"""Of one step; the ways to cut it into micro-batches are listed."""
+"""The most sequences of one step: the ways to cut it into micro-batches are listed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from moe_peer.metrics import StepMetrics, from_line
 
 METRICS = "metrics.jsonl"
 LAST_BYTES = 64 * 1024
-"""Of metrics.jsonl, which grows all the time: the last steps are in there."""
+"""Bytes read from the end of metrics.jsonl, which grows all the time: the last steps are in there."""
 
 
 def run_health(config: HealthConfig) -> int:

@@ -10,20 +10,20 @@ MIB = 2**20
 CACHE_MIB, REPLY_MIB, JOURNAL_MIB, QUEUE_MIB = 256, 64, 256, 256
 """What caches and queue get where memory is plentiful: more brings nothing."""
 SCARCE_BYTES = 4 * 2**30
-"""Of available memory: with less, what is kept or taken in advance to be fast is missing elsewhere."""
+"""Available memory below which what is kept or taken in advance to be fast is missing elsewhere."""
 QUEUE_FACTOR = 4
 """Times its bytes, that a full queue takes: rows, the messages they came in, answers, and what gRPC holds."""
 CACHES_SHARE = 1 / 4
-"""Of the available memory, the most that caches and queue take together unless options say otherwise."""
+"""Share of the available memory that caches and queue take together at most, unless options say otherwise."""
 EXPERTS_SHARE, SCARCE_EXPERTS_SHARE = 1 / 2, 1 / 3
-"""Of what the caches leave; the latter where memory is scarce. The rest is for dispatches, for steps that replicas make
-together (three quarters of the experts, with one other), for states on their way to others (a layer's experts, once and
-a half), and for what the allocator cannot give back. With 1 GiB and one processor, 4 clients that sent as much as they
-could, and a replica: 16 experts of 12 MiB, 932 MiB at the most."""
+"""Experts' share of what the caches leave; the latter where memory is scarce. The rest is for dispatches, for steps
+that replicas make together (three quarters of the experts, with one other), for states on their way to others (a
+layer's experts, once and a half), and for what the allocator cannot give back. With 1 GiB and one processor, 4 clients
+that sent as much as they could, and a replica: 16 experts of 12 MiB, 932 MiB at the most."""
 MIN_AT_ONCE_MIB, AT_ONCE_MIB = 4, 512
 AT_ONCE_SHARE = 1 / 32
-"""Of what the caches leave, for the pre-activations of rows that run together; with its copies a backward takes four
-times that."""
+"""Share of what the caches leave that is for the pre-activations of rows that run together; with its copies a backward
+takes four times that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class MemoryPlan:
     """Experts, and bytes of each part."""
 
     n_experts: int
-    """As many as asked for, or as fit."""
+    """Experts to host: as many as asked for, or as fit."""
     fitting_experts: int
     cache_bytes: int
     reply_bytes: int

@@ -36,7 +36,7 @@ def check_serve(config: ServeConfig) -> None:
 
 
 def check_train(config: TrainConfig) -> None:
-    """As `check_serve`, of `moe-peer train`."""
+    """ValueError or OSError names the first option with which a training could not begin."""
     _check_join(config.join)
     if config.data is not None:
         must_read_text("--data", config.data)

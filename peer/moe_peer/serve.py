@@ -172,7 +172,7 @@ async def _catch_up(
 
 
 def _print_meeting(meeting: Meeting) -> None:
-    """For machines: a terminal gets the line of `status`."""
+    """Prints an exchange for machines; a terminal gets the line of `status`."""
     if sys.stdout.isatty():
         return
     event = {

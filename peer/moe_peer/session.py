@@ -208,8 +208,8 @@ class Session:
         return self._save(self.waits.run(fetching))
 
     def _checkpoint_at_stop(self) -> None:
-        """As `checkpoint`, of the experts that come at once: also from peers that are suspended, and perhaps stopping
-        as we are."""
+        """Make a checkpoint as `checkpoint` does, of the experts that come at once: also from peers that are suspended,
+        and perhaps stopping as we are."""
         print(f"stopping: saving step {self.trainer.step}, its experts within {FETCH_S:.0f} s", file=sys.stderr)
         fetching = self.member.link.swarm.fetch_experts(self.run.model.expert_ids, timeout_s=FETCH_S, suspended=True)
         self._save(self.member.link.runner.run(fetching))

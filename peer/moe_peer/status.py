@@ -22,7 +22,7 @@ class Served(NamedTuple):
 
 
 async def say_what_is_served(served: Callable[[], Served], *, every_s: float = EVERY_S) -> None:
-    """For ever: a line of the log for each `every_s` in which something happened."""
+    """Write a line of the log for each `every_s` in which something happened, for ever."""
     before = served()
     while True:
         await asyncio.sleep(every_s)

@@ -73,7 +73,7 @@ class Stop:
     def __init__(self) -> None:
         self.asked = False
         self.exit_code = 0
-        """Of a training that was interrupted: 130 by SIGINT."""
+        """Exit code of a training that was interrupted: 130 by SIGINT."""
         self._begun = False
         self._waits: Waits | None = None
         self._in_step = False

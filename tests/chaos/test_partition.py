@@ -46,6 +46,13 @@ class Members:
         self.there[host] = await self.supervisor.start(ChildSpec(name=f"member-{host}", argv=argv))
         return str((await self.there[host].ready(READY_S))["dht"][0])
 
+    async def start_on_all(self) -> None:
+        """A member on each host, joined by that on host 0; all see all when this returns."""
+        way_in = await self.start(0)
+        for host in (1, 2, 3):
+            await self.start(host, way_in)
+        await self.see((0, 1, 2, 3), (0, 1, 2, 3), RECORD_S)
+
     async def see(self, seers: tuple[int, ...], seen: tuple[int, ...], timeout_s: float) -> float:
         """Wait until each of `seers` sees exactly `seen`; the seconds that it took."""
         wanted = [f"{self.sites.address(host)}:1" for host in seen]
@@ -67,10 +74,7 @@ async def test_two_sites_that_were_apart_for_a_minute_see_each_other_within_a_re
 ) -> None:
     members = Members(sites, tmp_path)
     async with members.supervisor:
-        way_in = await members.start(0)
-        for host in (1, 2, 3):
-            await members.start(host, way_in)
-        await members.see((0, 1, 2, 3), (0, 1, 2, 3), RECORD_S)
+        await members.start_on_all()
         sites.part()
         parted_s = time.monotonic()
         await members.see(SITE_A, SITE_A, 2 * RECORD_S)
@@ -86,10 +90,7 @@ async def test_two_sites_find_each_other_without_the_member_that_all_had_joined_
 ) -> None:
     members = Members(sites, tmp_path)
     async with members.supervisor:
-        way_in = await members.start(0)
-        for host in (1, 2, 3):
-            await members.start(host, way_in)
-        await members.see((0, 1, 2, 3), (0, 1, 2, 3), RECORD_S)
+        await members.start_on_all()
         sites.part()
         members.there[0].kill()
         await members.see(SITE_B, SITE_B, 2 * RECORD_S)

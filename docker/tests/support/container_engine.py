@@ -31,7 +31,7 @@ class Engine:
     client: str
     """A `docker` that this engine understands and that can build with BuildKit."""
     environment: Mapping[str, str]
-    """Of every command that talks to this engine."""
+    """The environment of every command that talks to this engine."""
     borrowed: bool
     """It runs for others too, and goes on when the tests have ended. Ours needs a proxy (`egress`) to build."""
 

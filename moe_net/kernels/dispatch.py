@@ -21,9 +21,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from concurrent.futures import Future
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ FEW_PAIRS = 64
 # with QuACK (H200).
 FEW_WIDE_PAIRS = 512
 _logged: set[tuple[str, str, str]] = set()
+ResultT = TypeVar("ResultT")
+
 _tried: dict[tuple[Any, ...], bool] = {}
 _TRIED_ROWS = 16
 
@@ -88,16 +90,22 @@ def matrices_on(device: torch.device, dtype: torch.dtype) -> Matrices:
     """
     if device.type != "cuda" or not _installed("triton"):
         return ON_CPU
-    outcome: Future[Matrices] = Future()
-    try:
-        outcome.set_result(importlib.import_module("moe_net.kernels.device.matrices").OnDevice(device, dtype))
-    except Exception as error:  # noqa: BLE001  whatever a Triton of another version raises
-        outcome.set_exception(error)
-    error = outcome.exception()
-    if error is None:
-        return outcome.result()
-    logger.warning("Triton is left out, the CPU reads messages: %s: %s", type(error).__name__, error)
+    made: Matrices | Exception = _attempt(
+        lambda: importlib.import_module("moe_net.kernels.device.matrices").OnDevice(device, dtype)
+    )
+    if not isinstance(made, Exception):
+        return made
+    logger.warning("Triton is left out, the CPU reads messages: %s: %s", type(made).__name__, made)
     return ON_CPU
+
+
+def _attempt(work: Callable[[], ResultT]) -> ResultT | Exception:
+    """What `work` returns or, as a value, what it raises: a package of another version may fail in any way when it is
+    imported, compiled or launched, and must not take the peer down. The one place that catches everything."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001
+        return error
 
 
 def _fits(backend: str, x_TD: Tensor, weights: ExpertWeights) -> bool:
@@ -134,19 +142,18 @@ def _runs(backend: str, x_TD: Tensor, weights: ExpertWeights) -> bool:
         w_in_EDH.is_contiguous(), w_in_EDH.transpose(1, 2).is_contiguous(), w_out_EFD.is_contiguous(),
     )  # fmt: skip
     if key not in _tried:
-        outcome: Future[bool] = Future()
-        try:
-            fits = _fits(backend, x_TD, weights)
-            if fits:
-                _try(_load(backend), x_TD, weights)
-            outcome.set_result(fits)
-        except Exception as error:  # noqa: BLE001  whatever it raises
-            outcome.set_exception(error)
-        error = outcome.exception()
-        if error is not None:
-            logger.warning("expert kernels: backend %s is left out: %s: %s", backend, type(error).__name__, error)
-        _tried[key] = error is None and outcome.result()
+        outcome = _attempt(lambda: _fits_and_runs(backend, x_TD, weights))
+        if isinstance(outcome, Exception):
+            logger.warning("expert kernels: backend %s is left out: %s: %s", backend, type(outcome).__name__, outcome)
+        _tried[key] = outcome is True
     return _tried[key]
+
+
+def _fits_and_runs(backend: str, x_TD: Tensor, weights: ExpertWeights) -> bool:
+    if not _fits(backend, x_TD, weights):
+        return False
+    _try(_load(backend), x_TD, weights)
+    return True
 
 
 @torch.no_grad()

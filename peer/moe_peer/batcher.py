@@ -170,7 +170,7 @@ class Batcher:
         """Rows waiting now."""
         self.answered_calls = 0
         self.answered_rows = 0
-        """Of those calls, since the start."""
+        """Rows of the calls that were answered since the start."""
         self.queue_bytes = 0
         """Bytes of their tensors."""
         self.reserved_bytes = 0

@@ -133,7 +133,8 @@ def broad_handlers(tree: ast.AST) -> list[int]:
 
 def test_nobody_catches_everything() -> None:
     found = {str(path.relative_to(ROOT)): broad_handlers(ast.parse(path.read_text())) for path in python_files()}
-    assert {name: lines for name, lines in found.items() if lines} == {}
+    # One boundary has to: kernels' packages of other versions fail in any way, and are left out.
+    assert {name: len(lines) for name, lines in found.items() if lines} == {"moe_net/kernels/dispatch.py": 1}
 
 
 def test_the_search_for_broad_handlers_finds_them() -> None:

@@ -31,7 +31,7 @@ def no_collector() -> Iterator[None]:
 
 
 def matrices() -> int:
-    """Of so many rows, wherever they are."""
+    """Matrices of a call's size that are alive, wherever they are."""
     return sum(1 for o in gc.get_objects() if type(o) is torch.Tensor and tuple(o.shape) == (N_ROWS, D))
 
 

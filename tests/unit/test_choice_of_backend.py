@@ -16,11 +16,11 @@ CHOICES = ("quack", "triton", "loop")
 
 
 class OddError(Exception):
-    """As a compiler of its own raises it, of no kind that we know."""
+    """An error as a compiler of its own raises it, of no kind that we know."""
 
 
 class Backend:
-    """As `loop`, until it fails."""
+    """A backend that computes as `loop` does, until it fails."""
 
     NAME = "quack"
 

@@ -26,7 +26,7 @@ def lines(texts: list[str], field: str = "text") -> bytes:
 
 
 def stream(path: Path, table: pa.Table, *, batch_rows: int = 100) -> None:
-    """As `datasets.Dataset.save_to_disk` writes it."""
+    """Write an Arrow stream as `datasets.Dataset.save_to_disk` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=batch_rows)

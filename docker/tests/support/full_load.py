@@ -24,7 +24,7 @@ from moe_peer.config import parse_experts
 
 TRAINERS = 4
 CALLS_AT_ONCE = 3
-"""Of each trainer and layer: as many as it has micro-batches in flight."""
+"""Calls of each trainer and layer that are under way: as many as it has micro-batches in flight."""
 ROWS = 2048
 TIMEOUT_S = 20.0
 

@@ -34,16 +34,20 @@ class Text:
     bigram_nats_per_byte: float
 
 
-def load_text(config: TrainConfig, run: RunConfig, resumed: Path | None) -> Text:
-    """Corpus and tokenizer. A BPE is that of the file given, or of the checkpoint `resumed`; a run of one trainer that
-    names none has one of the training split. ValueError when it is not the run's.
+def read_corpus(config: TrainConfig) -> Corpus:
+    """What the options name, as bytes; ValueError when too much of it is no text."""
+    return load_corpus(config.data, max_bytes=config.max_data_mib * 2**20, text_field=config.text_field)
+
+
+def load_text(config: TrainConfig, corpus: Corpus, run: RunConfig, resumed: Path | None) -> Text:
+    """The corpus as the run's tokens. A BPE is that of the file given, or of the checkpoint `resumed`; a run of one
+    trainer that names none has one of the training split. ValueError when it is not the run's.
     """
     file = _tokenizer_file(config, run, resumed)
     tokenizer: Tokenizer = ByteTokenizer()
     data: bytes | None = None
-    if file is not None:  # before the text is read, which takes longer
+    if file is not None:
         tokenizer, data = tokenizer_of_run(file, run.tokenizer_sha256)
-    corpus = load_corpus(config.data, max_bytes=config.max_data_mib * 2**20, text_field=config.text_field)
     train, held_out = join(corpus.train), join(corpus.held_out)
     kept = config.out / TOKENIZER
     if run.tokenizer == "bpe" and data is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from moe_net.checkpoint_folder import checkpoints_of, newest_in
 from moe_net.client import Membership, join_run
 from moe_net.data.batches import Batches
+from moe_net.data.corpus import Corpus
 from moe_net.errors import NoLiveExpertsError, TooManyDropsError
 from moe_net.folder import alone_in
 from moe_net.rpc.policy import CallPolicy, DropWindow
@@ -25,7 +26,7 @@ from moe_peer.metrics import EvalMetrics, MetricsLog
 from moe_peer.resume import checkpoint_to_resume, compare_experts, live_versions, resume_trunk
 from moe_peer.session import Session, checkpoint_meta, say
 from moe_peer.stopping import Stop, Waits
-from moe_peer.text import Text, load_text
+from moe_peer.text import Text, load_text, read_corpus
 from moe_peer.threads import use_threads
 from moe_peer.trainer import Trainer, build_model
 
@@ -46,13 +47,17 @@ def run_train(config: TrainConfig) -> int:
                     return 0
                 config = replace(config, go_on=False, resume=newest)
                 print(f"going on from {newest}" if newest else f"no checkpoint in {config.out} yet", file=sys.stderr)
+            corpus = read_corpus(config)
+            if config.data is not None:
+                say(json.dumps({"event": "text", "summary": corpus.summary}))
+                print(f"text: {corpus.summary}", file=sys.stderr)
             member = stack.enter_context(
                 join_run(
                     config.join, name=config.run, trainer=f"trainer-{config.trainer_index}", policy=_policy(config),
                     on_event=faults.append, wait_s=config.wait_s, spread=config.spread_replicas,
                 )
             )  # fmt: skip
-            session = _open(config, member, stack, stop, faults)
+            session = _open(config, corpus, member, stack, stop, faults)
             with stop.ends(session.waits):
                 ready = {"event": "ready", "role": "trainer", "run": member.run.name, "step": session.trainer.step}
                 say(json.dumps(ready))
@@ -70,7 +75,9 @@ def _policy(config: TrainConfig) -> CallPolicy:
     )  # fmt: skip
 
 
-def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: Stop, faults: list[FaultEvent]) -> Session:
+def _open(
+    config: TrainConfig, corpus: Corpus, member: Membership, stack: ExitStack, stop: Stop, faults: list[FaultEvent]
+) -> Session:
     run = member.run
     step_tokens = config.sequences * run.model.seq_len
     if step_tokens > run.global_batch_tokens:
@@ -86,10 +93,7 @@ def _open(config: TrainConfig, member: Membership, stack: ExitStack, stop: Stop,
             f"min_experts_per_token={config.min_experts_per_token}, but a layer of the run has {run.model.n_experts}"
         )
     resumed = None if config.resume is None else checkpoint_to_resume(config.resume)
-    text = load_text(config, run, resumed)
-    if config.data is not None:
-        say(json.dumps({"event": "text", "summary": text.corpus.summary}))
-        print(f"text: {text.corpus.summary}", file=sys.stderr)
+    text = load_text(config, corpus, run, resumed)
     batches = Batches(
         text.train,
         seq_len=run.model.seq_len,

@@ -52,7 +52,9 @@ def serve(folder: Path, *without: str) -> list[str]:
         env=os.environ | {"TMPDIR": str(folder)},  # what QuACK compiles stays there
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line for line in done.stdout.splitlines() if line.startswith("expert kernels: ") and "reference" not in line]
+    return [
+        line for line in done.stdout.splitlines() if line.startswith("expert kernels: ") and "reference" not in line
+    ]
 
 
 if HOPPER and importlib.util.find_spec("quack") is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_net.data.corpus import Corpus, load_corpus
+from moe_peer.cli import main
 
 GOOD = "a line of text\n" * 4000
 
@@ -69,6 +70,20 @@ def test_when_most_of_the_text_is_left_out_for_a_fault_it_is_refused_with_the_sh
         load_corpus(tmp_path / "big.txt")
     (tmp_path / "rest.txt").write_text("other words\n" * 50_000)
     assert "big.txt" in load_corpus(tmp_path).summary
+
+
+def test_a_trainer_refuses_such_text_before_it_looks_for_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "latin.txt").write_bytes(GOOD.encode() + b"caf\xe9\n")
+    options = ["--join", "127.0.0.1:1", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "text")]
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *options])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "latin.txt (not UTF-8 at byte" in said
+    assert "127.0.0.1:1" not in said
 
 
 def test_pictures_and_programs_beside_the_text_are_named_and_no_reason_to_refuse_it(tmp_path: Path) -> None:

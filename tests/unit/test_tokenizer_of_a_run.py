@@ -19,7 +19,7 @@ from moe_net.model.config import ModelConfig
 from moe_peer.checkpoint import CheckpointMeta, read_meta, save_checkpoint
 from moe_peer.cli import main
 from moe_peer.config import TrainConfig
-from moe_peer.text import Text, load_text
+from moe_peer.text import Text, load_text, read_corpus
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs away\n"
 MODEL = ModelConfig(
@@ -54,7 +54,7 @@ def text(tmp_path: Path, data: Path, run: RunConfig, resumed: Path | None = None
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
     config = TrainConfig(out=out, data=data, **settings)  # type: ignore[arg-type]
-    return load_text(config, run, resumed)
+    return load_text(config, read_corpus(config), run, resumed)
 
 
 def test_the_command_makes_a_file_and_prints_its_hash_and_leaves_one_that_is_there(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -30,19 +30,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_net.kernels import reference
-from moe_net.kernels.types import Backend, ExpertWeights, Saved, WeightGrads, zero_sums
+from moe_net.kernels.types import Backend, ExpertWeights, Saved, WeightCall, WeightGrads, Work
 from moe_net.types import Activation
 from moe_net.wire.matrices import ON_CPU, Matrices
 
 __all__ = [
     "ExpertWeights",
     "Saved",
+    "WeightCall",
     "WeightGrads",
+    "Work",
     "available",
     "matrices_on",
     "moe_ffn",
     "moe_ffn_backward",
     "moe_ffn_forward",
+    "moe_ffn_weight_grads",
 ]
 
 logger = logging.getLogger(__name__)
@@ -164,7 +167,9 @@ def _try(backend: Backend, x_TD: Tensor, weights: ExpertWeights) -> None:
     ids_PK = torch.zeros((_TRIED_ROWS, 1), dtype=torch.int32, device=x_TD.device)
     gates_PK = torch.ones((_TRIED_ROWS, 1), device=x_TD.device)
     y_PD, saved = backend.forward(x_PD, ids_PK, gates_PK, one, keep=True)
-    backend.backward(torch.zeros_like(y_PD), x_PD, ids_PK, gates_PK, one, saved, sums=zero_sums(one))
+    dy_PD = torch.zeros_like(y_PD)
+    *_, work = backend.backward_rows(dy_PD, x_PD, ids_PK, gates_PK, one, saved)
+    backend.weight_grads([WeightCall(dy_PD, x_PD, ids_PK, work)], one)
     if x_TD.is_cuda:
         torch.cuda.synchronize(x_TD.device)
 
@@ -238,39 +243,38 @@ def moe_ffn_backward(
     weights: ExpertWeights,
     saved: Saved | None,
     *,
-    weight_grads: WeightGrads | None,
+    rows: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(dx [T, D], dgates [T, K]); adds the weight gradients in place to `weight_grads` unless that is None.
+) -> tuple[Tensor | None, Tensor, Work]:
+    """(dx [T, D], dgates [T, K], what `moe_ffn_weight_grads` needs of this call); without `rows` the last one only.
 
     `saved` comes from a forward of the same arguments and is used up; without it (or if another backend saved it) the
-    pre-activations are computed again. dgates is 0 for padding.
+    pre-activations are computed again, to the same values. dgates is 0 for padding.
     """
     _check(x_TD, expert_ids_TK, gates_TK, weights)
     if dy_TD.shape != x_TD.shape or dy_TD.dtype != x_TD.dtype:
         raise ValueError(f"dy is {dy_TD.dtype} {list(dy_TD.shape)}, but x is {x_TD.dtype} {list(x_TD.shape)}")
-    inputs = (dy_TD, x_TD, expert_ids_TK, gates_TK)
-    dx_TD, dgates_TK, _ = _backward(*inputs, weights, saved, backend=backend, sums=weight_grads)
-    return dx_TD, dgates_TK
+    module, saved = _of_backward(x_TD, expert_ids_TK, weights, saved, backend)
+    inputs = (value.contiguous() for value in (dy_TD, x_TD, expert_ids_TK, gates_TK))
+    return module.backward_rows(*inputs, weights, saved, rows=rows)
 
 
-def _backward(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    expert_ids_TK: Tensor,
-    gates_TK: Tensor,
-    weights: ExpertWeights,
-    saved: Saved | None,
-    *,
-    backend: str | None = None,
-    sums: WeightGrads | None = None,
-    fresh: bool = False,
-) -> tuple[Tensor, Tensor, WeightGrads | None]:
+@torch.no_grad()
+def moe_ffn_weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+    """The weights' gradients, summed over the calls in their order: the same bits for the same calls in the same order.
+    All of one backend, and with at least one pair each. fp32, or on a GPU the dtype of the weights."""
+    dense = [WeightCall(*(value.contiguous() for value in call[:3]), call.work) for call in calls]
+    return _load(calls[0].work.backend).weight_grads(dense, weights)
+
+
+def _of_backward(
+    x_TD: Tensor, expert_ids_TK: Tensor, weights: ExpertWeights, saved: Saved | None, backend: str | None
+) -> tuple[Backend, Saved | None]:
+    """Who makes the backward, and of what was saved what it can use."""
     module = choose(x_TD, expert_ids_TK, weights, backend or (saved.backend if saved is not None else None))
     if saved is not None and (saved.backend != module.NAME or saved.used_up):
         saved = None
-    dy_TD, x_TD, expert_ids_TK, gates_TK = (v.contiguous() for v in (dy_TD, x_TD, expert_ids_TK, gates_TK))
-    return module.backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, sums=sums, fresh=fresh)
+    return module, saved
 
 
 class _MoeFfn(torch.autograd.Function):
@@ -291,7 +295,9 @@ class _MoeFfn(torch.autograd.Function):
         saved = None if ctx.saved_as is None else Saved(ctx.saved_as[0], ctx.saved_as[1], tuple(blocks))
         weights = ExpertWeights(w_in_EDH, w_out_EFD, ctx.activation)
         fresh = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        dx_TD, dgates_TK, new = _backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, fresh=fresh)
+        module, saved = _of_backward(x_TD, expert_ids_TK, weights, saved, None)
+        inputs = (value.contiguous() for value in (dy_TD, x_TD, expert_ids_TK, gates_TK))
+        dx_TD, dgates_TK, new = module.backward(*inputs, weights, saved, fresh=fresh)
         dw_in_EDH, dw_out_EFD = (None, None) if new is None else new
         return dx_TD, None, dgates_TK, dw_in_EDH, dw_out_EFD, None, None
 

@@ -11,7 +11,7 @@ computed, hold anything, and are skipped where pairs meet their tokens.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_net.kernels import pointwise
-from moe_net.kernels.routing import Routing
-from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads, no_gradient
+from moe_net.kernels.routing import Routing, merge
+from moe_net.kernels.types import ExpertWeights, Saved, WeightCall, WeightGrads, Work, no_gradient, no_rows
 from moe_net.types import Activation
 
 NAME = "grouped"
@@ -57,6 +57,63 @@ def forward(
     return y_TD, Saved(NAME, routing, (h_PH,)) if keep else None
 
 
+def _down(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    saved: Saved | None,
+) -> tuple[Routing, Tensor, Tensor, Tensor, Tensor]:
+    """(routing, dh [P, H] and activations [P, F], both with the gate, the rows of dy [P, D], dgates [T, K])."""
+    rows = _row_functions(x_TD)
+    n_choices = expert_ids_TK.shape[1]
+    routing: Routing = rows.sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0]) if saved is None else saved.routing
+    if saved is None:
+        h_PH = F.grouped_mm(rows.spread(x_TD, routing, n_choices), weights.w_in_EDH, offs=routing.end_E)
+    else:
+        h_PH = saved.h_PH
+    dy_PD = rows.spread(dy_TD, routing, n_choices)
+    a_PF = F.grouped_mm(dy_PD, weights.w_out_EFD.transpose(1, 2), offs=routing.end_E)
+    gated = weights.activation is Activation.SWIGLU
+    dh_PH, dgates_TK = rows.activate_backward_(a_PF, h_PH, routing, gates_TK, gated=gated)
+    if saved is not None:
+        saved.release()
+    return routing, dh_PH, a_PF, dy_PD, dgates_TK.to(gates_TK.dtype)
+
+
+def backward_rows(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    saved: Saved | None,
+    *,
+    rows: bool = True,
+) -> tuple[Tensor | None, Tensor, Work]:
+    """As `types.Backend.backward_rows`; where the gate enters is explained in `loop.backward_rows`."""
+    if expert_ids_TK.numel() == 0:
+        return no_rows(x_TD, gates_TK, NAME)
+    routing, dh_PH, a_PF, _, dgates_TK = _down(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved)
+    dx_TD = None
+    if rows:
+        dx_PD = F.grouped_mm(dh_PH, weights.w_in_EDH.transpose(1, 2), offs=routing.end_E)
+        n_tokens, n_choices = expert_ids_TK.shape
+        dx_TD, _ = _row_functions(x_TD).combine(dx_PD, routing, (n_tokens, n_choices), None)
+    return dx_TD, dgates_TK, Work(NAME, routing, None, (a_PF,), (dh_PH,))
+
+
+def weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+    """As `types.Backend.weight_grads`, in the weights' dtype."""
+    rows = _row_functions(calls[0].x_TD)
+    dy_TD, x_TD, n_choices, routing, a_PF, dh_PH = merge(calls, weights.w_in_EDH.shape[0], rows.sort_pairs)
+    dw_out_EFD = F.grouped_mm(a_PF.t(), rows.spread(dy_TD, routing, n_choices), offs=routing.end_E)
+    del a_PF, dy_TD
+    dw_in_EDH = F.grouped_mm(rows.spread(x_TD, routing, n_choices).t(), dh_PH, offs=routing.end_E)
+    return WeightGrads(dw_in_EDH, dw_out_EFD)
+
+
 def backward(
     dy_TD: Tensor,
     x_TD: Tensor,
@@ -65,48 +122,22 @@ def backward(
     weights: ExpertWeights,
     saved: Saved | None,
     *,
-    sums: WeightGrads | None,
-    fresh: bool = False,
-    early: Callable[[], None] | None = None,
+    fresh: bool,
 ) -> tuple[Tensor, Tensor, WeightGrads | None]:
-    """As `types.Backend.backward`; where the gate enters is explained in `loop.backward`."""
+    """As `types.Backend.backward`."""
     if expert_ids_TK.numel() == 0:
         return no_gradient(x_TD, gates_TK, weights, fresh=fresh)
     rows = _row_functions(x_TD)
     n_tokens, n_choices = expert_ids_TK.shape
-    routing: Routing = rows.sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0]) if saved is None else saved.routing
-    end_E = routing.end_E
-    if saved is None:
-        h_PH = F.grouped_mm(rows.spread(x_TD, routing, n_choices), weights.w_in_EDH, offs=end_E)
-    else:
-        h_PH = saved.h_PH
-    dy_PD = rows.spread(dy_TD, routing, n_choices)
-    a_PF = F.grouped_mm(dy_PD, weights.w_out_EFD.transpose(1, 2), offs=end_E)
-    gated = weights.activation is Activation.SWIGLU
-    dh_PH, dgates_TK = rows.activate_backward_(a_PF, h_PH, routing, gates_TK, gated=gated)
-    if saved is not None:
-        saved.release()
-    del h_PH
-
-    def rows_back() -> Tensor:
-        nonlocal dh_PH
-        dx_PD = F.grouped_mm(dh_PH, weights.w_in_EDH.transpose(1, 2), offs=end_E)
-        if early is None:
-            del dh_PH  # Its last use, and the peak: gone before there is a dx.
-        return rows.combine(dx_PD, routing, (n_tokens, n_choices), None)[0]
-
-    dx_TD = None
-    if early is not None:
-        dx_TD = rows_back()
-        early()
-    new = None
-    if sums is not None or fresh:
+    routing, dh_PH, a_PF, dy_PD, dgates_TK = _down(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved)
+    end_E, new = routing.end_E, None
+    if fresh:
         dw_out_EFD = F.grouped_mm(a_PF.t(), dy_PD, offs=end_E)
-        # What is large goes as soon as it is used: the peak is here.
-        del a_PF, dy_PD
+    # What is large goes as soon as it is used: the peak is here.
+    del a_PF, dy_PD
+    if fresh:
         dw_in_EDH = F.grouped_mm(rows.spread(x_TD, routing, n_choices).t(), dh_PH, offs=end_E)
-        if sums is not None:
-            sums.w_out_EFD.add_(dw_out_EFD)
-            sums.w_in_EDH.add_(dw_in_EDH)
-        new = WeightGrads(dw_in_EDH, dw_out_EFD) if fresh else None
-    return rows_back() if dx_TD is None else dx_TD, dgates_TK.to(gates_TK.dtype), new
+        new = WeightGrads(dw_in_EDH, dw_out_EFD)
+    dx_PD = F.grouped_mm(dh_PH, weights.w_in_EDH.transpose(1, 2), offs=end_E)
+    del dh_PH
+    return rows.combine(dx_PD, routing, (n_tokens, n_choices), None)[0], dgates_TK, new

@@ -12,14 +12,14 @@ needs D contiguous in w_in, i.e. a transposed view of [E, H, D].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from moe_net.kernels.device import rows
-from moe_net.kernels.routing import Routing
-from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads, no_gradient
+from moe_net.kernels.device.rows import combine, sort_pairs
+from moe_net.kernels.routing import Routing, merge
+from moe_net.kernels.types import ExpertWeights, Saved, WeightCall, WeightGrads, Work, no_gradient, no_rows
 from moe_net.types import Activation
 
 NAME = "quack"
@@ -101,13 +101,96 @@ def forward(
     if expert_ids_TK.numel() == 0:
         return torch.zeros_like(x_TD), None
     n_tokens, n_choices = expert_ids_TK.shape
-    routing = rows.sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0])
+    routing = sort_pairs(expert_ids_TK, weights.w_in_EDH.shape[0])
     row_P, bound_B = routing.row_P, routing.bound_B
     h_PH, a_PF = _up(x_TD, weights, row_P, bound_B, keep=keep)
     y_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
     _gemm("rows", a_PF, weights.w_out_EFD, y_PD, weights, cu_seqlens_m=bound_B)
-    y_TD, _ = rows.combine(y_PD, routing, (n_tokens, n_choices), gates_TK)
+    y_TD, _ = combine(y_PD, routing, (n_tokens, n_choices), gates_TK)
     return y_TD, Saved(NAME, routing, (h_PH,)) if keep else None
+
+
+def _down(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    saved: Saved | None,
+) -> tuple[Routing, Tensor, Tensor, Tensor]:
+    """(routing, dh [P, H] and activations [P, F], both with the gate, the gates' gradients [P])."""
+    from quack.gemm_interface import gemm_dgated
+
+    n_experts = weights.w_in_EDH.shape[0]
+    routing: Routing = sort_pairs(expert_ids_TK, n_experts) if saved is None else saved.routing
+    row_P, bound_B = routing.row_P, routing.bound_B
+    h_PH = _up(x_TD, weights, row_P, bound_B, keep=True)[0] if saved is None else saved.h_PH
+    gate_P = gates_TK.reshape(-1).float().index_select(0, routing.pair_P)
+    dh_PH, a_PF, dgate_P = gemm_dgated(
+        dy_TD, weights.w_out_EFD.transpose(1, 2), PreAct=h_PH, activation="swiglu", colvec_scale=gate_P,
+        colvec_reduce=True, cu_seqlens_m=bound_B, A_idx=row_P, dynamic_scheduler=False, tuned=False,
+        config=_config("down backward", x_TD, weights),
+    )  # fmt: skip
+    if saved is not None:
+        saved.release()
+    return routing, dh_PH, a_PF, dgate_P
+
+
+def _dx(dh_PH: Tensor, x_TD: Tensor, weights: ExpertWeights, bound_B: Tensor) -> Tensor:
+    dx_PD = x_TD.new_empty(dh_PH.shape[0], x_TD.shape[1])
+    w_in_EHD = weights.w_in_EDH.transpose(1, 2)
+    _gemm("rows", dh_PH, w_in_EHD, dx_PD, weights, cu_seqlens_m=bound_B, concat_layout=("B",))
+    return dx_PD
+
+
+def _dw_out(a_PF: Tensor, dy_TD: Tensor, weights: ExpertWeights, routing: Routing) -> Tensor:
+    out_EFD = torch.empty_like(weights.w_out_EFD)
+    # As its transpose: the gathered rows come first.
+    _gemm(
+        "weights out", dy_TD.t(), a_PF, out_EFD.transpose(1, 2), weights, add_to_output=False,
+        cu_seqlens_k=routing.bound_B, A_idx=routing.row_P,
+    )  # fmt: skip
+    return out_EFD
+
+
+def _dw_in(dh_PH: Tensor, x_TD: Tensor, weights: ExpertWeights, routing: Routing) -> Tensor:
+    out_EDH = torch.empty_like(weights.w_in_EDH)
+    _gemm(
+        "weights in", x_TD.t(), dh_PH, out_EDH, weights, concat_layout=("out",), add_to_output=False,
+        cu_seqlens_k=routing.bound_B, A_idx=routing.row_P,
+    )  # fmt: skip
+    return out_EDH
+
+
+def backward_rows(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    saved: Saved | None,
+    *,
+    rows: bool = True,
+) -> tuple[Tensor | None, Tensor, Work]:
+    """As `types.Backend.backward_rows`."""
+    if expert_ids_TK.numel() == 0:
+        return no_rows(x_TD, gates_TK, NAME)
+    routing, dh_PH, a_PF, dgate_P = _down(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved)
+    work = Work(NAME, routing, None, (a_PF,), (dh_PH,))
+    if not rows:
+        return None, torch.zeros_like(gates_TK), work
+    dx_PD = _dx(dh_PH, x_TD, weights, routing.bound_B)
+    dx_TD, dgates_TK = combine(dx_PD, routing, expert_ids_TK.shape, None, dgate_P.unsqueeze(1))
+    assert dgates_TK is not None
+    return dx_TD, dgates_TK.to(gates_TK.dtype), work
+
+
+def weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+    """As `types.Backend.weight_grads`, in the weights' dtype."""
+    dy_TD, x_TD, _, routing, a_PF, dh_PH = merge(calls, weights.w_in_EDH.shape[0], sort_pairs)
+    dw_out_EFD = _dw_out(a_PF, dy_TD, weights, routing)
+    del a_PF, dy_TD
+    return WeightGrads(_dw_in(dh_PH, x_TD, weights, routing), dw_out_EFD)
 
 
 def backward(
@@ -118,55 +201,19 @@ def backward(
     weights: ExpertWeights,
     saved: Saved | None,
     *,
-    sums: WeightGrads | None,
-    fresh: bool = False,
-    early: Callable[[], None] | None = None,
+    fresh: bool,
 ) -> tuple[Tensor, Tensor, WeightGrads | None]:
     """As `types.Backend.backward`."""
-    from quack.gemm_interface import gemm_dgated
-
     if expert_ids_TK.numel() == 0:
         return no_gradient(x_TD, gates_TK, weights, fresh=fresh)
-    w_in_EDH, w_out_EFD, _ = weights
-    n_tokens, n_choices = expert_ids_TK.shape
-    routing: Routing = rows.sort_pairs(expert_ids_TK, w_in_EDH.shape[0]) if saved is None else saved.routing
-    row_P, bound_B = routing.row_P, routing.bound_B
-    h_PH = _up(x_TD, weights, row_P, bound_B, keep=True)[0] if saved is None else saved.h_PH
-    gate_P = gates_TK.reshape(-1).float().index_select(0, routing.pair_P)
-    dh_PH, a_PF, dgate_P = gemm_dgated(
-        dy_TD, w_out_EFD.transpose(1, 2), PreAct=h_PH, activation="swiglu", colvec_scale=gate_P, colvec_reduce=True,
-        cu_seqlens_m=bound_B, A_idx=row_P, dynamic_scheduler=False, tuned=False,
-        config=_config("down backward", x_TD, weights),
-    )  # fmt: skip
-    if saved is not None:
-        saved.release()
-    del h_PH, gate_P
-
-    def rows_back() -> tuple[Tensor, Tensor]:
-        nonlocal dh_PH
-        dx_PD = x_TD.new_empty(row_P.numel(), x_TD.shape[1])
-        _gemm("rows", dh_PH, w_in_EDH.transpose(1, 2), dx_PD, weights, cu_seqlens_m=bound_B, concat_layout=("B",))
-        if early is None:
-            del dh_PH  # Its last use, and the peak: gone before there is a dx.
-        dx_TD, dgates_TK = rows.combine(dx_PD, routing, (n_tokens, n_choices), None, dgate_P.unsqueeze(1))
-        assert dgates_TK is not None
-        return dx_TD, dgates_TK.to(gates_TK.dtype)
-
-    back = None
-    if early is not None:
-        back = rows_back()
-        early()
-    options = {"cu_seqlens_k": bound_B, "A_idx": row_P}
+    routing, dh_PH, a_PF, dgate_P = _down(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved)
     # One gradient after the other, and what only the first one needs gone before the second one is there.
-    dw_out_EFD = torch.empty_like(w_out_EFD) if fresh else None
-    for out_EFD, add in ((dw_out_EFD, False), (sums and sums.w_out_EFD, True)):
-        if out_EFD is not None:
-            # As its transpose: the gathered rows come first.
-            _gemm("weights out", dy_TD.t(), a_PF, out_EFD.transpose(1, 2), weights, add_to_output=add, **options)
+    dw_out_EFD = _dw_out(a_PF, dy_TD, weights, routing) if fresh else None
     del a_PF
-    dw_in_EDH = torch.empty_like(w_in_EDH) if fresh else None
-    for out_EDH, add in ((dw_in_EDH, False), (sums and sums.w_in_EDH, True)):
-        if out_EDH is not None:
-            _gemm("weights in", x_TD.t(), dh_PH, out_EDH, weights, concat_layout=("out",), add_to_output=add, **options)
+    dw_in_EDH = _dw_in(dh_PH, x_TD, weights, routing) if fresh else None
     new = None if dw_in_EDH is None or dw_out_EFD is None else WeightGrads(dw_in_EDH, dw_out_EFD)
-    return *(back or rows_back()), new
+    dx_PD = _dx(dh_PH, x_TD, weights, routing.bound_B)
+    del dh_PH  # Its last use, and the peak: gone before there is a dx.
+    dx_TD, dgates_TK = combine(dx_PD, routing, expert_ids_TK.shape, None, dgate_P.unsqueeze(1))
+    assert dgates_TK is not None
+    return dx_TD, dgates_TK.to(gates_TK.dtype), new

@@ -9,13 +9,13 @@ Where the time goes beside the products, and what is done about it:
 - gates are never multiplied into [P, F] tensors, only into [P, D] ones, or inside the weighted gather-sum;
 - the sum over a token's experts is one fused gather-sum (`embedding_bag`), in a fixed order: same bits every time;
 - large products go to oneDNN where that is faster (`onednn`), into new tensors;
-- else scratch of the largest expert's size serves all experts, and weight gradients go straight into the sums
-  (`addmm_`).
+- else scratch of the largest expert's size serves all experts;
+- weights' gradients are one product for each expert, over the rows of all calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_net.kernels.onednn import add_product_, has_fast, padded, product, product_into
-from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads, zero_sums
+from moe_net.kernels.onednn import has_fast, padded, product, product_into
+from moe_net.kernels.types import ExpertWeights, Saved, WeightCall, WeightGrads, Work
 from moe_net.types import Activation
 
 NAME = "loop"
@@ -127,7 +127,7 @@ def forward(
     return y_TD, Saved(NAME, routing, (small_PH, *large)) if keep else None
 
 
-def backward(
+def backward_rows(
     dy_TD: Tensor,
     x_TD: Tensor,
     expert_ids_TK: Tensor,
@@ -135,48 +135,48 @@ def backward(
     weights: ExpertWeights,
     saved: Saved | None,
     *,
-    sums: WeightGrads | None,
-    fresh: bool = False,
-    early: Callable[[], None] | None = None,
-) -> tuple[Tensor, Tensor, WeightGrads | None]:
-    """As `types.Backend.backward`, but for `early`: expert after expert, nothing of it is.
+    rows: bool = True,
+) -> tuple[Tensor | None, Tensor, Work]:
+    """As `types.Backend.backward_rows`.
 
     With y_p = a_p W_out, and dA_p = dy_t W_out^T *without* the gate: dgate_p = <dA_p, a_p>, so y_p is not needed; the
     gate then enters dW_out through dy, dW_in through x and dx in the gather-sum, all of them [P, D].
     """
-    assert early is None
     n_experts, d_model, d_hidden = weights.w_in_EDH.shape
     d_ff = weights.w_out_EFD.shape[1]
     routing: Routing = sort_pairs(expert_ids_TK, n_experts) if saved is None else saved.routing
     n_pairs, largest = routing.pair_P.numel(), routing.largest
     gated = weights.activation is Activation.SWIGLU
-    dx_QD = x_TD.new_empty(n_pairs + 1, d_model)
+    fast = [has_fast(x_TD, end - first, d_model, d_ff) for _, first, end in routing.blocks]
+    sizes = [
+        padded(end - first) if is_fast else end - first
+        for (_, first, end), is_fast in zip(routing.blocks, fast, strict=True)
+    ]
+    dx_QD = x_TD.new_empty(n_pairs + 1 if rows else 0, d_model)
     # fp32 also beside bf16 rows: a gate's gradient is a sum over F.
     dgate_P = x_TD.new_empty(n_pairs, dtype=torch.promote_types(x_TD.dtype, torch.float32))
-    gate_P1 = gates_TK.reshape(-1).index_select(0, routing.pair_P).to(x_TD.dtype).unsqueeze(1)
-    new = zero_sums(weights) if fresh else None
+    # What stays, in one piece of memory each.
+    a_blocks = x_TD.new_empty(sum(sizes), d_ff).split(sizes)
+    dh_blocks = x_TD.new_empty(sum(sizes), d_hidden).split(sizes)
     rows_nD = x_TD.new_empty(largest, d_model)
-    a_nF, da_nF, t_nF = x_TD.new_empty(3, largest, d_ff).unbind(0)
-    dh_nH = x_TD.new_empty(largest, d_hidden)
+    da_nF, t_nF = x_TD.new_empty(2, largest, d_ff).unbind(0)
     h_nH = x_TD.new_empty(largest if saved is None else 0, d_hidden)
     small_PH, *large = (h_nH,) if saved is None else saved.blocks
     place = 0
-    for expert, first, end in routing.blocks:
+    for (expert, first, end), is_fast, n, a, dh in zip(routing.blocks, fast, sizes, a_blocks, dh_blocks, strict=True):
         w_in_HD, w_out_DF = weights.w_in_EDH[expert].t(), weights.w_out_EFD[expert].t()
-        fast = has_fast(x_TD, end - first, d_model, d_ff)
-        here, n = end - first, padded(end - first) if fast else end - first
-        row, gate = routing.row_P[first:end], gate_P1[first:end]
-        rows, a, da, dh, t = rows_nD[:n], a_nF[:n], da_nF[:n], dh_nH[:n], t_nF[:n]
+        here, row = end - first, routing.row_P[first:end]
+        da, t = da_nF[:n], t_nF[:n]
         if saved is None:
-            x = _gather(x_TD, row, rows)
-            h = product(x, w_in_HD.t()) if fast else torch.mm(x, w_in_HD.t(), out=h_nH[:n])
-        elif fast:
+            x = _gather(x_TD, row, rows_nD[:n])
+            h = product(x, w_in_HD.t()) if is_fast else torch.mm(x, w_in_HD.t(), out=h_nH[:n])
+        elif is_fast:
             h = large.pop(0)
         else:
             h = small_PH[place : place + n]
             place += n
-        dy = _gather(dy_TD, row, rows)
-        if fast:
+        dy = _gather(dy_TD, row, rows_nD[:n])
+        if is_fast:
             da = product(dy, w_out_DF)
         else:
             torch.mm(dy, w_out_DF, out=da)
@@ -194,19 +194,101 @@ def backward(
             torch.mul(da, a, out=t)
             torch.sum(t[:here], 1, dtype=dgate_P.dtype, out=dgate_P[first:end])
             _aten.gelu_backward.grad_input(da, h, grad_input=dh)
-        product_into(dx_QD[first:end], dh, w_in_HD, fast=fast)
-        if sums is not None or new is not None:
-            dy[:here].mul_(gate)
-            for grads in (sums, new):
-                if grads is not None:
-                    add_product_(grads.w_out_EFD[expert], a.t(), dy, fast=fast)
-            x = _gather(x_TD, row, rows)
-            x[:here].mul_(gate)
-            for grads in (sums, new):
-                if grads is not None:
-                    add_product_(grads.w_in_EDH[expert], x.t(), dh, fast=fast)
-    dx_TD = _combine(dx_QD, routing, gates_TK)
+        if rows:
+            product_into(dx_QD[first:end], dh, w_in_HD, fast=is_fast)
+    dx_TD = _combine(dx_QD, routing, gates_TK) if rows else None
     dgates = dgate_P.new_zeros(gates_TK.numel()).index_copy_(0, routing.pair_P, dgate_P)
-    if new is not None:
-        new = WeightGrads(*(grad.to(weights.w_in_EDH.dtype) for grad in new))
-    return dx_TD, dgates.view(gates_TK.shape).to(gates_TK.dtype), new
+    gate_P1 = gates_TK.reshape(-1).index_select(0, routing.pair_P).to(x_TD.dtype).unsqueeze(1)
+    work = Work(NAME, routing, gate_P1, tuple(a_blocks), tuple(dh_blocks))
+    return dx_TD, dgates.view(gates_TK.shape).to(gates_TK.dtype), work
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Share:
+    """What one call has of one expert."""
+
+    call: WeightCall
+    pairs: slice
+    """Of the call's sorted ones."""
+    a_nF: Tensor
+    dh_nH: Tensor
+
+    @property
+    def n_pairs(self) -> int:
+        return self.pairs.stop - self.pairs.start
+
+
+def weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+    """As `types.Backend.weight_grads`, in fp32: of each expert one product over the rows of all calls, in their
+    order."""
+    n_experts, d_model, _ = weights.w_in_EDH.shape
+    shares: list[list[_Share]] = [[] for _ in range(n_experts)]
+    for call in calls:
+        for (expert, first, end), a, dh in zip(call.work.routing.blocks, call.work.a, call.work.dh, strict=True):
+            shares[expert].append(_Share(call, slice(first, end), a, dh))
+    dtype = torch.promote_types(weights.w_in_EDH.dtype, torch.float32)
+    grads = WeightGrads(
+        torch.empty_like(weights.w_in_EDH, dtype=dtype), torch.empty_like(weights.w_out_EFD, dtype=dtype)
+    )
+    for expert, of_expert in enumerate(shares):
+        if not of_expert:
+            for grad in grads:
+                grad[expert].zero_()
+            continue
+        n = sum(share.n_pairs for share in of_expert)
+        fast = has_fast(weights.w_in_EDH, n, d_model, weights.w_out_EFD.shape[1])
+        n = padded(n) if fast else n
+        rows_nD = weights.w_in_EDH.new_empty(n, d_model)
+        dy = _scaled_rows(rows_nD, [(share, share.call.dy_TD) for share in of_expert])
+        product_into(
+            grads.w_out_EFD[expert], _joined([share.a_nF for share in of_expert], n, of_expert).t(), dy, fast=fast
+        )
+        x = _scaled_rows(rows_nD, [(share, share.call.x_TD) for share in of_expert])
+        product_into(
+            grads.w_in_EDH[expert], x.t(), _joined([share.dh_nH for share in of_expert], n, of_expert), fast=fast
+        )
+    return grads
+
+
+def _scaled_rows(rows_nD: Tensor, parts: Sequence[tuple[_Share, Tensor]]) -> Tensor:
+    """The tokens' rows of each share's pairs times its gates, into scratch; zeros into what that has beyond them."""
+    place = 0
+    for share, value_TD in parts:
+        work, rows = share.call.work, rows_nD[place : place + share.n_pairs]
+        torch.index_select(value_TD, 0, work.routing.row_P[share.pairs], out=rows)
+        assert work.gate_P1 is not None
+        rows.mul_(work.gate_P1[share.pairs])
+        place += share.n_pairs
+    rows_nD[place:].zero_()
+    return rows_nD
+
+
+def _joined(blocks: Sequence[Tensor], n: int, shares: Sequence[_Share]) -> Tensor:
+    """The blocks one after another, as `n` rows; a single one as it is."""
+    if len(blocks) == 1:
+        return blocks[0]
+    out_nX, place = blocks[0].new_empty(n, blocks[0].shape[1]), 0
+    for block, share in zip(blocks, shares, strict=True):
+        out_nX[place : place + share.n_pairs] = block[: share.n_pairs]
+        place += share.n_pairs
+    out_nX[place:].zero_()
+    return out_nX
+
+
+def backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    saved: Saved | None,
+    *,
+    fresh: bool,
+) -> tuple[Tensor, Tensor, WeightGrads | None]:
+    """As `types.Backend.backward`."""
+    dx_TD, dgates_TK, work = backward_rows(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved)
+    assert dx_TD is not None
+    if not fresh:
+        return dx_TD, dgates_TK, None
+    grads = weight_grads([WeightCall(dy_TD, x_TD, expert_ids_TK, work)], weights)
+    return dx_TD, dgates_TK, WeightGrads(*(grad.to(weights.w_in_EDH.dtype) for grad in grads))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["add_product_", "has_fast", "padded", "product", "product_into"]
+__all__ = ["has_fast", "padded", "product", "product_into"]
 
 # Multiplications from which it pays: a call of oneDNN's takes 15 us, one of MKL's 1.
 _MANY = 2**21
@@ -70,18 +70,10 @@ def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 
 
 def product_into(out_nN: Tensor, a_MK: Tensor, b_KN: Tensor, *, fast: bool) -> None:
-    """The first rows of `a @ b`, as many as `out` has."""
+    """The first rows of `a @ b`, as many as `out` has, which may be of a wider dtype."""
     if fast:
         out_nN.copy_(product(a_MK, b_KN)[: out_nN.shape[0]])
-    else:
+    elif a_MK.dtype is out_nN.dtype:
         torch.mm(a_MK, b_KN, out=out_nN)
-
-
-def add_product_(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, fast: bool) -> None:
-    """`sum += a @ b`; the sum may be of a wider dtype."""
-    if fast:
-        sum_MN.add_(product(a_MK, b_KN))
-    elif a_MK.dtype is sum_MN.dtype:
-        sum_MN.addmm_(a_MK, b_KN)
     else:
-        sum_MN.add_(torch.mm(a_MK, b_KN))
+        out_nN.copy_(torch.mm(a_MK, b_KN))

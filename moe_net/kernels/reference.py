@@ -7,13 +7,13 @@ T tokens, K experts per token, E experts, D model width, F expert width, H colum
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
+from moe_net.kernels.types import ExpertWeights, Saved, WeightCall, WeightGrads, Work, zero_sums
 from moe_net.types import Activation
 
 NAME = "reference"
@@ -47,6 +47,32 @@ def forward(
         return moe_ffn_reference(x_TD, expert_ids_TK, gates_TK, weights), None
 
 
+def backward_rows(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    saved: Saved | None,
+    *,
+    rows: bool = True,
+) -> tuple[Tensor | None, Tensor, Work]:
+    """As `types.Backend.backward_rows`; keeps nothing but the gates."""
+    dx_TD, dgates_TK, _ = backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, fresh=False)
+    return dx_TD, dgates_TK, Work(NAME, gates_TK, None, (), ())
+
+
+def weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+    """As `types.Backend.weight_grads`: one call after another."""
+    sums = zero_sums(weights)
+    for dy_TD, x_TD, expert_ids_TK, work in calls:
+        _, _, new = backward(dy_TD, x_TD, expert_ids_TK, work.routing, weights, None, fresh=True)
+        assert new is not None
+        for total, grad in zip(sums, new, strict=True):
+            total.add_(grad)
+    return sums
+
+
 def backward(
     dy_TD: Tensor,
     x_TD: Tensor,
@@ -55,12 +81,9 @@ def backward(
     weights: ExpertWeights,
     saved: Saved | None,
     *,
-    sums: WeightGrads | None,
-    fresh: bool = False,
-    early: Callable[[], None] | None = None,
+    fresh: bool,
 ) -> tuple[Tensor, Tensor, WeightGrads | None]:
-    """As `types.Backend.backward`, by autograd and so all at once: nothing of it is `early`."""
-    assert early is None
+    """As `types.Backend.backward`, by autograd."""
     with torch.enable_grad():
         x, gates, w_in, w_out = (
             value.detach().requires_grad_() for value in (x_TD, gates_TK, weights.w_in_EDH, weights.w_out_EFD)
@@ -69,7 +92,4 @@ def backward(
     dx_TD, dgates_TK, dw_in_EDH, dw_out_EFD = torch.autograd.grad(
         y_TD, (x, gates, w_in, w_out), dy_TD, materialize_grads=True
     )
-    if sums is not None:
-        sums.w_in_EDH.add_(dw_in_EDH)
-        sums.w_out_EFD.add_(dw_out_EFD)
     return dx_TD, dgates_TK, WeightGrads(dw_in_EDH, dw_out_EFD) if fresh else None

@@ -6,10 +6,14 @@ T tokens, K experts per token, P = T * K pairs, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moe_net.kernels.types import WeightCall
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +36,45 @@ class Routing:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.pair_P, self.row_P, self.place_P, self.end_E, self.bound_B
+
+
+class Merged(NamedTuple):
+    """Calls as if they had been one: rows one after another, what belongs to pairs sorted by expert, and within an
+    expert by call."""
+
+    dy_TD: Tensor
+    x_TD: Tensor
+    n_choices: int
+    routing: Routing
+    a_PF: Tensor
+    dh_PH: Tensor
+
+
+def merge(calls: Sequence[WeightCall], n_experts: int, sort: Callable[[Tensor, int], Routing]) -> Merged:
+    """The calls, whose work has one block each; `sort` as `sort_pairs`."""
+    if len(calls) == 1:
+        dy_TD, x_TD, ids_TK, work = calls[0]
+        return Merged(dy_TD, x_TD, ids_TK.shape[1], work.routing, work.a[0], work.dh[0])
+    most = max(call.expert_ids_TK.shape[1] for call in calls)
+    ids, places, first = [], [], 0
+    for call in calls:
+        lacking = most - call.expert_ids_TK.shape[1]
+        place_TK = call.work.routing.place_P.view(call.expert_ids_TK.shape)
+        place_TK = torch.where(place_TK < 0, place_TK, place_TK + first)
+        ids.append(torch.nn.functional.pad(call.expert_ids_TK, (0, lacking), value=-1))
+        places.append(torch.nn.functional.pad(place_TK, (0, lacking), value=-1))
+        first += call.work.a[0].shape[0]
+    routing = sort(torch.cat(ids), n_experts)
+    # What lies past the last pair is anybody's.
+    place_P = torch.cat(places).view(-1).index_select(0, routing.pair_P).clamp_(min=0)
+    return Merged(
+        dy_TD=torch.cat([call.dy_TD for call in calls]),
+        x_TD=torch.cat([call.x_TD for call in calls]),
+        n_choices=most,
+        routing=routing,
+        a_PF=torch.cat([call.work.a[0] for call in calls]).index_select(0, place_P),
+        dh_PH=torch.cat([call.work.dh[0] for call in calls]).index_select(0, place_P),
+    )
 
 
 def sort_pairs(expert_ids_TK: Tensor, n_experts: int) -> Routing:

@@ -7,7 +7,7 @@ P (token, expert) pairs, sorted by expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -37,14 +37,14 @@ class ExpertWeights(NamedTuple):
 
 
 class WeightGrads(NamedTuple):
-    """Gradients of both weights, or their sums in fp32, which a backward adds to in place."""
+    """Gradients of both weights."""
 
     w_in_EDH: Tensor
     w_out_EFD: Tensor
 
 
 def zero_sums(weights: ExpertWeights) -> WeightGrads:
-    """Fresh sums: fp32, or fp64 beside fp64 weights."""
+    """Zeros in fp32, or fp64 beside fp64 weights."""
     w_in, w_out, _ = weights
     dtype = torch.promote_types(w_in.dtype, torch.float32)
     return WeightGrads(torch.zeros_like(w_in, dtype=dtype), torch.zeros_like(w_out, dtype=dtype))
@@ -88,6 +88,36 @@ class Saved:
         return any(h_nH.numel() > 0 and h_nH.untyped_storage().nbytes() == 0 for h_nH in self.blocks)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """What a backward of rows leaves for the weights' gradients, beside the rows: activations and the gradients of the
+    pre-activations, of the pairs sorted by expert."""
+
+    backend: str
+    routing: Any
+    """The backend's own sort of the pairs."""
+    gate_P1: Tensor | None
+    """Of the sorted pairs, where activations and gradients are without it."""
+    a: tuple[Tensor, ...]
+    """[n, F], of all pairs at once or of one expert after the other."""
+    dh: tuple[Tensor, ...]
+    """[n, H]"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the activations and gradients; the routing is smaller by about the factor F / 2."""
+        return sum(value.nbytes for value in (*self.a, *self.dh))
+
+
+class WeightCall(NamedTuple):
+    """One call whose weights' gradients are to be made."""
+
+    dy_TD: Tensor
+    x_TD: Tensor
+    expert_ids_TK: Tensor
+    work: Work
+
+
 class Backend(Protocol):
     """What `dispatch` asks of a backend's module. T tokens, K experts per token; arguments as `moe_ffn_forward` has
     checked them, and contiguous but for the weights."""
@@ -103,6 +133,24 @@ class Backend(Protocol):
         """Row sums y [T, D] in x's dtype, and with `keep` what the backward can use again."""
         ...
 
+    def backward_rows(
+        self,
+        dy_TD: Tensor,
+        x_TD: Tensor,
+        expert_ids_TK: Tensor,
+        gates_TK: Tensor,
+        weights: ExpertWeights,
+        saved: Saved | None,
+        *,
+        rows: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Work]:
+        """(dx [T, D], dgates [T, K], what `weight_grads` needs); without `rows` no dx. `saved` is used up."""
+        ...
+
+    def weight_grads(self, calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+        """Sums over the calls, in their order; each at least one pair. In fp32, or in the weights' dtype."""
+        ...
+
     def backward(
         self,
         dy_TD: Tensor,
@@ -112,16 +160,10 @@ class Backend(Protocol):
         weights: ExpertWeights,
         saved: Saved | None,
         *,
-        sums: WeightGrads | None,
-        fresh: bool = False,
-        early: Callable[[], None] | None = None,
+        fresh: bool,
     ) -> tuple[Tensor, Tensor, WeightGrads | None]:
-        """(dx [T, D], dgates [T, K], the weights' gradients in their dtype if `fresh`); adds the latter to `sums`.
-
-        The server adds to its fp32 sums; autograd wants new tensors, and zeros to add to would be three passes more.
-        `early` is called when all that makes dx and dgates was begun, and nothing of the weights' gradients; without it
-        these may come first, which takes less memory. Only for backends that CUDA graphs are made of.
-        """
+        """(dx [T, D], dgates [T, K], the weights' gradients in their dtype if `fresh`) at once, for autograd: in less
+        memory than one after the other."""
         ...
 
 
@@ -131,3 +173,8 @@ def no_gradient(
     """What a backward of no pairs gives."""
     new = WeightGrads(torch.zeros_like(weights.w_in_EDH), torch.zeros_like(weights.w_out_EFD)) if fresh else None
     return torch.zeros_like(x_TD), torch.zeros_like(gates_TK), new
+
+
+def no_rows(x_TD: Tensor, gates_TK: Tensor, backend: str) -> tuple[Tensor, Tensor, Work]:
+    """What a backward of rows gives where there is no pair; nobody asks for its weights' gradients."""
+    return torch.zeros_like(x_TD), torch.zeros_like(gates_TK), Work(backend, None, None, (), ())

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, TOLERANCE, make_case, shapes
 from kernel_checks import check, run_autograd, run_explicit
 
-from moe_net.kernels.dispatch import available, choose, moe_ffn, moe_ffn_backward, moe_ffn_forward
-from moe_net.kernels.types import ExpertWeights, WeightGrads, zero_sums
+from moe_net.kernels.dispatch import available, moe_ffn, moe_ffn_backward, moe_ffn_forward, moe_ffn_weight_grads
+from moe_net.kernels.types import ExpertWeights, WeightCall, WeightGrads
 from moe_net.types import Activation
 
 # QuACK takes SwiGLU in 16 bits only, on Hopper and newer: it has a test of its own.
@@ -81,24 +81,6 @@ def test_what_is_done_around_hopper_products_stays_within_bf16_rounding(shape: d
         check(case, "quack", torch.bfloat16)
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-@pytest.mark.parametrize("keep", [True, False])
-def test_hopper_gives_the_same_bits_early_and_late_and_without_pre_activations(
-    keep: bool, fresh: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch_quack.install(monkeypatch)
-    case = make_case(4, t=50, k=2, e=4, d=16, f=24, activation=Activation.SWIGLU).to(torch.bfloat16)
-    args, runs = (case.x_TD, case.ids_TK, case.gates_TK, case.weights), []
-    for early in (None, lambda: None):
-        sums = zero_sums(case.weights)
-        module = choose(*args[:2], case.weights, "quack")
-        _, saved = module.forward(*args, keep=keep)
-        dx, dgates, new = module.backward(case.dy_TD, *args, saved, sums=sums, fresh=fresh, early=early)
-        runs.append((dx, dgates, *sums, *(new or ())))
-    assert len(runs[0]) == (6 if fresh else 4)
-    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
-
-
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("routing", ["random", "one hot", "empty experts", "padding"])
 @pytest.mark.parametrize("backend", FAST)
@@ -120,7 +102,7 @@ def test_a_second_backward_of_one_forward_gives_the_same_bits(backend: str) -> N
     case = make_case(3, t=50, k=2, e=4, d=16, f=24, activation=Activation.SWIGLU)
     args = (case.x_TD, case.ids_TK, case.gates_TK, case.weights)
     _, saved = moe_ffn_forward(*args, keep=True, backend=backend)
-    first, second = (moe_ffn_backward(case.dy_TD, *args, saved, weight_grads=None, backend=backend) for _ in range(2))
+    first, second = (moe_ffn_backward(case.dy_TD, *args, saved, backend=backend)[:2] for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     x = case.x_TD.clone().requires_grad_()
     y = moe_ffn(x, *args[1:], backend=backend)
@@ -135,33 +117,22 @@ def test_pre_activations_are_free_before_the_weights_gradients_are_made(backend:
     _, saved = moe_ffn_forward(*args, keep=True, backend=backend)
     assert saved is not None
     assert not saved.used_up
-    moe_ffn_backward(case.dy_TD, *args, saved, weight_grads=zero_sums(case.weights), backend=backend)
+    moe_ffn_backward(case.dy_TD, *args, saved, backend=backend)
     assert saved.used_up
 
 
-@pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("activation", Activation)
-@pytest.mark.parametrize("backend", [backend for backend in FAST if backend != "loop"])
-def test_rows_are_there_before_the_weights_gradients_when_that_is_asked_for(
-    backend: str, activation: Activation, fresh: bool
-) -> None:
+@pytest.mark.parametrize("backend", FAST)
+def test_work_that_is_made_again_without_rows_gives_the_same_bits(backend: str, activation: Activation) -> None:
     case = make_case(3, t=50, k=2, e=4, d=16, f=24, activation=activation)
-    args, sums = (case.x_TD, case.ids_TK, case.gates_TK), zero_sums(case.weights)
-    module = choose(case.x_TD, case.ids_TK, case.weights, backend)
-    _, saved = module.forward(*args, case.weights, keep=True)
-    seen: list[list[torch.Tensor]] = []
-    dx, dgates, new = module.backward(
-        case.dy_TD, *args, case.weights, saved, sums=sums, fresh=fresh,
-        early=lambda: seen.append([grad.clone() for grad in sums]),
-    )  # fmt: skip
-    (at_that_time,) = seen
-    assert not any(bool(grad.any()) for grad in at_that_time)
-    right = run_explicit(case, backend)
-    assert torch.equal(dx, right["dx"])
-    assert torch.equal(dgates, right["dgates"])
-    for name, grad, fresh_one in zip(("dw_in", "dw_out"), sums, new or sums, strict=True):
-        assert torch.equal(grad, right[name])
-        torch.testing.assert_close(fresh_one, right[name], rtol=1e-5, atol=1e-5)
+    args = (case.x_TD, case.ids_TK, case.gates_TK, case.weights)
+    _, saved = moe_ffn_forward(*args, keep=True, backend=backend)
+    grads: list[WeightGrads] = []
+    for was_saved, rows in ((saved, True), (None, False)):
+        dx, _, work = moe_ffn_backward(case.dy_TD, *args, was_saved, rows=rows, backend=backend)
+        assert (dx is not None) is rows
+        grads.append(moe_ffn_weight_grads([WeightCall(case.dy_TD, case.x_TD, case.ids_TK, work)], case.weights))
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -169,24 +140,9 @@ def test_what_one_backend_saved_does_not_confuse_another(backend: str) -> None:
     case = make_case(3, t=50, k=2, e=4, d=16, f=24, activation=Activation.SWIGLU)
     args = (case.x_TD, case.ids_TK, case.gates_TK, case.weights)
     _, saved = moe_ffn_forward(*args, keep=True, backend="loop")
-    dx, _ = moe_ffn_backward(case.dy_TD, *args, saved, weight_grads=None, backend=backend)
+    dx, _, _ = moe_ffn_backward(case.dy_TD, *args, saved, backend=backend)
+    assert dx is not None
     assert torch.equal(dx, run_explicit(case, backend)["dx"])
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("backend", ALL)
-def test_weight_gradients_are_added_to_what_is_there(backend: str, dtype: torch.dtype) -> None:
-    case = make_case(1, t=40, k=2, e=3, d=16, f=8, activation=Activation.GELU).to(dtype)
-    args = (case.x_TD, case.ids_TK, case.gates_TK, case.weights)
-    once = run_explicit(case, backend)
-    ones = [
-        torch.ones(w.shape, device=DEVICE) for w in (case.weights.w_in_EDH, case.weights.w_out_EFD)
-    ]  # fp32 beside bf16 too
-    grads = WeightGrads(*ones)
-    for _ in range(2):
-        moe_ffn_backward(case.dy_TD, *args, None, weight_grads=grads, backend=backend)
-    torch.testing.assert_close(grads.w_in_EDH, 1 + 2 * once["dw_in"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grads.w_out_EFD, 1 + 2 * once["dw_out"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", FAST)

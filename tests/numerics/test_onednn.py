@@ -15,7 +15,7 @@ from kernel_cases import DEVICE, make_case, shapes
 from kernel_checks import check, run_explicit
 
 from moe_net.kernels import onednn
-from moe_net.kernels.onednn import add_product_, has_fast, padded, product
+from moe_net.kernels.onednn import has_fast, padded, product, product_into
 from moe_net.types import Activation
 
 # Where there is oneDNN its operator must be, too: torch promises no name for it, and without it experts are slow again.
@@ -103,10 +103,10 @@ def test_there_are_few_numbers_of_rows() -> None:
     assert len({padded(rows) for rows in range(1, 2**14 + 1)}) <= 8 * 14
 
 
-def test_products_of_views_and_sums() -> None:
+def test_products_of_views() -> None:
     a, b = torch.randn(40, 24).t(), torch.randn(56, 40).t()
     expected = (a.double() @ b.double()).float()
     torch.testing.assert_close(product(a, b), expected, rtol=1e-5, atol=1e-5)
-    total = torch.ones(24, 56)
-    add_product_(total, a, b, fast=True)
-    torch.testing.assert_close(total, 1 + expected, rtol=1e-5, atol=1e-5)
+    first = torch.empty(20, 56)
+    product_into(first, a, b, fast=True)
+    torch.testing.assert_close(first, expected[:20], rtol=1e-5, atol=1e-5)

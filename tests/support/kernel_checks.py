@@ -8,19 +8,34 @@ import torch
 from kernel_cases import TOLERANCE, Case
 from torch import Tensor
 
-from moe_net.kernels.dispatch import moe_ffn, moe_ffn_backward, moe_ffn_forward
-from moe_net.kernels.types import ExpertWeights, WeightGrads
+from moe_net.kernels.dispatch import moe_ffn, moe_ffn_backward, moe_ffn_forward, moe_ffn_weight_grads
+from moe_net.kernels.types import ExpertWeights, WeightCall, zero_sums
 
 
-def run_explicit(case: Case, backend: str, *, keep: bool = True) -> dict[str, Tensor]:
-    """Output and gradients by the explicit forward and backward."""
-    dtype = torch.promote_types(case.x_TD.dtype, torch.float32)
-    w = case.weights
-    grads = WeightGrads(torch.zeros_like(w.w_in_EDH, dtype=dtype), torch.zeros_like(w.w_out_EFD, dtype=dtype))
-    args = (case.x_TD, case.ids_TK, case.gates_TK, w)
-    y, saved = moe_ffn_forward(*args, keep=keep, backend=backend)
-    dx, dgates = moe_ffn_backward(case.dy_TD, *args, saved, weight_grads=grads, backend=backend)
-    return {"y": y, "dx": dx, "dgates": dgates, "dw_in": grads.w_in_EDH, "dw_out": grads.w_out_EFD}
+def run_explicit(case: Case, backend: str, *, keep: bool = True, calls: int = 1) -> dict[str, Tensor]:
+    """Output and gradients by the explicit forward and backward; the tokens as so many calls, one after another."""
+    parts: list[dict[str, Tensor]] = []
+    staged: list[WeightCall] = []
+    for part in split_case(case, calls):
+        args = (part.x_TD, part.ids_TK, part.gates_TK, part.weights)
+        y, saved = moe_ffn_forward(*args, keep=keep, backend=backend)
+        dx, dgates, work = moe_ffn_backward(part.dy_TD, *args, saved, backend=backend)
+        assert dx is not None
+        parts.append({"y": y, "dx": dx, "dgates": dgates})
+        if part.ids_TK.numel():
+            staged.append(WeightCall(part.dy_TD, part.x_TD, part.ids_TK, work))
+    grads = moe_ffn_weight_grads(staged, case.weights) if staged else zero_sums(case.weights)
+    rows = {name: torch.cat([part[name] for part in parts]) for name in ("y", "dx", "dgates")}
+    return rows | {"dw_in": grads.w_in_EDH, "dw_out": grads.w_out_EFD}
+
+
+def split_case(case: Case, calls: int) -> list[Case]:
+    """Its tokens in `calls` parts of unequal sizes, some of them perhaps empty."""
+    bounds = [case.x_TD.shape[0] * i * i // (calls * calls) for i in range(calls + 1)]
+    return [
+        replace(case, x_TD=case.x_TD[a:b], ids_TK=case.ids_TK[a:b], gates_TK=case.gates_TK[a:b], dy_TD=case.dy_TD[a:b])
+        for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
 
 
 def run_autograd(case: Case, backend: str) -> dict[str, Tensor]:
@@ -44,7 +59,7 @@ def check(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> None:
     case = case.to(dtype)
     exact = case.to(torch.float64)
     oracle, terms = run_autograd(exact, "reference"), run_autograd(absolute(exact), "reference")
-    for got in (run_explicit(case, backend), run_autograd(case, backend)):
+    for got in (run_explicit(case, backend), run_explicit(case, backend, calls=3), run_autograd(case, backend)):
         for name, expected in oracle.items():
             assert got[name].shape == expected.shape, name
             if expected.numel():

@@ -169,43 +169,36 @@ def _down_backward(
 @triton.jit
 def _weights(
     a_ptr, b_ptr, pair_ptr, end_ptr, out_ptr, d_a, d_b, stride_m, stride_n,
-    CHOICES: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ADD: tl.constexpr,
+    CHOICES: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
     end = tl.load(end_ptr + expert)
     start = tl.load(end_ptr + expert - 1, mask=expert > 0, other=0)
-    if (end > start) | (not ADD):
-        n_column_tiles = tl.cdiv(d_b, N)
-        m_M = (tl.program_id(0) // n_column_tiles) * M + tl.arange(0, M)
-        n_N = (tl.program_id(0) % n_column_tiles) * N + tl.arange(0, N)
-        inside_M, inside_N = m_M < d_a, n_N < d_b
-        sum_MN = tl.zeros([M, N], tl.float32)
-        for first in range(start, end, K):
-            place_K = first + tl.arange(0, K)
-            inside_K = place_K < end
-            a_K, b_K = place_K.to(tl.int64), place_K.to(tl.int64)
-            if GATHER_A:
-                a_K = (tl.load(pair_ptr + place_K, mask=inside_K, other=0) // CHOICES).to(tl.int64)
-            if GATHER_B:
-                b_K = (tl.load(pair_ptr + place_K, mask=inside_K, other=0) // CHOICES).to(tl.int64)
-            a = tl.load(
-                a_ptr + a_K[None, :] * d_a + m_M[:, None], mask=inside_M[:, None] & inside_K[None, :], other=0.0
-            )
-            b = tl.load(
-                b_ptr + b_K[:, None] * d_b + n_N[None, :], mask=inside_K[:, None] & inside_N[None, :], other=0.0
-            )
-            sum_MN = _dot(a, b, sum_MN, PRECISION)
-        out_MN = (
-            out_ptr
-            + expert.to(tl.int64) * d_a * d_b
-            + m_M.to(tl.int64)[:, None] * stride_m
-            + n_N.to(tl.int64)[None, :] * stride_n
-        )
-        inside_MN = inside_M[:, None] & inside_N[None, :]
-        if ADD:
-            sum_MN += tl.load(out_MN, mask=inside_MN, other=0.0).to(tl.float32)
-        tl.store(out_MN, sum_MN, mask=inside_MN)
+    n_column_tiles = tl.cdiv(d_b, N)
+    m_M = (tl.program_id(0) // n_column_tiles) * M + tl.arange(0, M)
+    n_N = (tl.program_id(0) % n_column_tiles) * N + tl.arange(0, N)
+    inside_M, inside_N = m_M < d_a, n_N < d_b
+    sum_MN = tl.zeros([M, N], tl.float32)
+    for first in range(start, end, K):
+        place_K = first + tl.arange(0, K)
+        inside_K = place_K < end
+        a_K, b_K = place_K.to(tl.int64), place_K.to(tl.int64)
+        if GATHER_A:
+            a_K = (tl.load(pair_ptr + place_K, mask=inside_K, other=0) // CHOICES).to(tl.int64)
+        if GATHER_B:
+            b_K = (tl.load(pair_ptr + place_K, mask=inside_K, other=0) // CHOICES).to(tl.int64)
+        a = tl.load(a_ptr + a_K[None, :] * d_a + m_M[:, None], mask=inside_M[:, None] & inside_K[None, :], other=0.0)
+        b = tl.load(b_ptr + b_K[:, None] * d_b + n_N[None, :], mask=inside_K[:, None] & inside_N[None, :], other=0.0)
+        sum_MN = _dot(a, b, sum_MN, PRECISION)
+    out_MN = (
+        out_ptr
+        + expert.to(tl.int64) * d_a * d_b
+        + m_M.to(tl.int64)[:, None] * stride_m
+        + n_N.to(tl.int64)[None, :] * stride_n
+    )
+    inside_MN = inside_M[:, None] & inside_N[None, :]
+    tl.store(out_MN, sum_MN, mask=inside_MN)
 
 
 def choose_tile(kind: str, n_pairs: int, n_experts: int, item_bytes: int) -> Tile:
@@ -286,15 +279,13 @@ def down_backward(
     return dh_PH, a_PF, partial_PN
 
 
-def weights(a: Tensor, b: Tensor, out_EMN: Tensor, routing: Routing, n_choices: int, *, gather: str, add: bool) -> None:
-    """out[e] = sum over e's pairs of a_p^T b_p, or added to it; `gather` "a" or "b" says which one has rows of tokens.
-
-    With `add`, matrices of experts without a pair are not touched; without it they become zero.
-    """
+def weights(a: Tensor, b: Tensor, out_EMN: Tensor, routing: Routing, n_choices: int, *, gather: str) -> None:
+    """out[e] = sum over e's pairs of a_p^T b_p, zero without a pair; `gather` "a" or "b" says which one has rows of
+    tokens."""
     n_experts, d_a, d_b = out_EMN.shape
     tile = choose_tile("weights", routing.pair_P.numel(), n_experts, a.element_size())
     _weights[(ceil_div(d_a, tile.m) * ceil_div(d_b, tile.n), n_experts)](
         a, b, routing.pair_P, routing.end_E, out_EMN, d_a, d_b, *out_EMN.stride()[1:],
-        n_choices, gather == "a", gather == "b", add, tile.m, tile.n, tile.k, _precision(a),
+        n_choices, gather == "a", gather == "b", tile.m, tile.n, tile.k, _precision(a),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -33,8 +33,11 @@ class Backend:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._do("forward", lambda: loop.forward(*args, **kwargs))
 
-    def backward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._do("backward", lambda: loop.backward(*args, **kwargs))
+    def backward_rows(self, *args: Any, **kwargs: Any) -> Any:
+        return self._do("backward", lambda: loop.backward_rows(*args, **kwargs))
+
+    def weight_grads(self, *args: Any, **kwargs: Any) -> Any:
+        return self._do("weights", lambda: loop.weight_grads(*args, **kwargs))
 
     def _do(self, what: str, work: Any) -> Any:
         if what == self._at:
@@ -65,6 +68,7 @@ def _a_gpus_choices(monkeypatch: pytest.MonkeyPatch) -> None:
         ("forward", OddError("does not compile")),
         ("backward", RuntimeError("too many resources requested for launch")),
         ("backward", NotImplementedError("not on this card")),
+        ("weights", RuntimeError("operation not supported")),
     ],
 )
 def test_a_backend_that_fails_is_left_out_with_one_line(

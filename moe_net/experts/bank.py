@@ -6,8 +6,9 @@ H columns of the first projection (2F for SwiGLU: gate then up; F for GELU).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,15 +19,16 @@ from moe_net.experts.checks import pairs_bytes
 from moe_net.experts.init import init_expert
 from moe_net.experts.lineage import Lineage
 from moe_net.experts.update import StackedAdamW
-from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward
-from moe_net.kernels.graphed import NAME as GRAPHED
+from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward, moe_ffn_weight_grads
 from moe_net.kernels.graphed import GraphedExperts
 from moe_net.kernels.promise import is_promise, landed
-from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
+from moe_net.kernels.types import ExpertWeights, Saved, WeightCall, WeightGrads, Work
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertId, ExpertShape
 from moe_net.wire.share import ExpertShare
 from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS, SUM_FIELDS, check_state, tensor_name
+
+KernelT = TypeVar("KernelT", Saved, Work)
 
 
 def memory_bytes(n_experts: int, shape: ExpertShape, *, compute_bytes: int = 0) -> int:
@@ -49,30 +51,44 @@ def _copy(value: Tensor) -> Tensor:
     return torch.clone(value, memory_format=torch.contiguous_format).cpu()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ClosedSums:
-    """What the experts of one bank shall step on."""
-
-    grads: WeightGrads
-    rows_E: tuple[int, ...]
-    """Pairs that they are of."""
-    filled_E: tuple[bool, ...]
-    """Whether they hold anything: also what was taken out of a step that is over, which is of no rows."""
-    tokens: int
-    detached: bool
-    """Whether the bank sums up in others meanwhile."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class BankSaved:
-    """What a forward keeps for its backward, and the state of the weights that it belongs to."""
+class Reusable:
+    """What a forward left for its backward, or that for the weights' gradients, and the state of the weights and of
+    the experts that run, to which it belongs."""
 
-    kernel: Saved | None
+    kernel: Saved | Work
     generation: int
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.kernel is None else self.kernel.nbytes
+        return self.kernel.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BankCall:
+    """One call whose weights' gradients count."""
+
+    dy_RD: Tensor
+    x_RD: Tensor
+    slots_RK: Tensor
+    gates_RK: Tensor
+    reusable: Reusable | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Batch:
+    """What the experts of one bank shall step on."""
+
+    calls: Sequence[BankCall]
+    base: WeightGrads | None
+    """Sums to begin with."""
+    rows_E: tuple[int, ...]
+    """Pairs that all of it is of."""
+    tokens: int
+    grads: WeightGrads | None = None
+    """The sums, once they are made."""
+    filled_E: tuple[bool, ...] = ()
+    """Experts that they hold anything of."""
 
 
 class ExpertBank:
@@ -132,14 +148,17 @@ class ExpertBank:
         self._compute = self._weights
         if compute_dtype is not torch.float32:
             self._compute = ExpertWeights(w_in_EDH.to(compute_dtype), w_out_EFD.to(compute_dtype), shape.activation)
-        self._graphed = GraphedExperts(self._compute, self._optimizer.grads) if on_gpu else None
+        self._graphed = GraphedExperts(self._compute) if on_gpu else None
         self._at_once_bytes = at_once_bytes
         self._clock = 0
-        self._generation = 0  # of the weights: counts everything that changes them
-        # Pairs (row, expert) whose gradients are in the sums, and that were ever stepped on here.
-        self._summed_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
+        self._generation = 0  # of the weights: counts everything that changes what a call gives
+        self._base: WeightGrads | None = None
+        """Sums of the next step that were made before their batch is complete, or came with a state."""
+        self._base_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
+        # Pairs (row, expert) that were ever stepped on here.
         self._stepped_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
-        self._made_up_E = torch.zeros(len(self.indices), dtype=torch.bool)  # see `make_up`
+        self.broken: frozenset[int] = frozenset()
+        """Indices of experts whose weights are not finite: no call runs on them until they are replaced."""
         self._lineages = [Lineage(own=origin)] * len(self.indices)
 
     @property
@@ -167,20 +186,21 @@ class ExpertBank:
         return dict(zip(self.indices, self._lineages, strict=True))
 
     def slots(self, expert_index: Tensor) -> Tensor:
-        """int32 slots of the same shape, of indices on the CPU; -1 for one that is not hosted here."""
+        """int32 slots of the same shape, of indices on the CPU; -1 for one that is not hosted here, or broken."""
         index = expert_index.numpy()
         # The largest number plus one is negative, and out of range as well.
         return torch.from_numpy(self._slot_at.take(index + 1, mode="clip"))
 
     def forward(
         self, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor, *, keep: bool
-    ) -> tuple[Tensor, BankSaved | None]:
+    ) -> tuple[Tensor, Reusable | None]:
         """Row r: sum of gate * expert(x_r) over its slots that are not -1; of x's dtype, on its device. Of a promise
         (`kernels.promise`) as the bank computes it.
 
-        With `keep`, also what `backward` can use instead of running the first projection again.
+        With `keep`, also what `backward` can use instead of running the first projection again, unless the call runs
+        in pieces.
         """
-        if not keep and (pieces := self._pieces(slots_RK)):
+        if pieces := self._pieces(slots_RK):
             ys = [self.forward(x_RD[rows], slots_RK[rows], gates_RK[rows], keep=False)[0] for rows in pieces]
             return torch.cat(ys), None
         x = x_RD if is_promise(x_RD) else self._rows(x_RD)
@@ -189,17 +209,13 @@ class ExpertBank:
         else:
             slots, gates = self.put(slots_RK), self.put(gates_RK)
             y_RD, kernel = moe_ffn_forward(self._rows(x), slots, gates, self._compute, keep=keep)
-        return y_RD if is_promise(x) else y_RD.to(x_RD), BankSaved(kernel, self._generation) if keep else None
+        reusable = None if kernel is None else Reusable(kernel, self._generation)
+        return y_RD if is_promise(x) else y_RD.to(x_RD), reusable
 
     def finish(self) -> None:
         """Wait until what was returned is there: of rows on a GPU it comes when that has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-
-    def settle(self) -> None:
-        """Begin what the answer of a backward did not wait for: the addition of its gradients."""
-        if self._graphed is not None:
-            self._graphed.settle()
 
     def _pieces(self, slots_RK: Tensor) -> list[slice]:
         """Rows that run one part after the other; none: all at once. The same rows always in the same parts."""
@@ -230,160 +246,189 @@ class ExpertBank:
         return torch.empty(value_R.shape, dtype=value_R.dtype, pin_memory=True).copy_(value_R, non_blocking=True)
 
     def backward(
-        self,
-        dy_RD: Tensor,
-        x_RD: Tensor,
-        slots_RK: Tensor,
-        gates_RK: Tensor,
-        saved: BankSaved | None,
-        *,
-        accumulate: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """(dx [R, D] where x is, dgates [R, K] where the experts are) of the same forward; adds to the experts'
-        gradient sums unless told not to, of a promise after `settle`.
+        self, dy_RD: Tensor, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor, saved: Reusable | None
+    ) -> tuple[Tensor, Tensor, Reusable | None, float | Tensor]:
+        """(dx [R, D] where x is, dgates [R, K] where the experts are, what `BankCall` can use again, the most that an
+        entry of the weights' gradients can be) of the same forward.
 
         Of a `saved` that is older than the weights nothing is used: all gradients belong to the weights of now.
         """
-        kernel = saved.kernel if saved is not None and saved.generation == self._generation else None
-        if kernel is not None and not accumulate and kernel.backend == GRAPHED:
-            kernel = None  # graphs add
-        if kernel is None and (pieces := self._pieces(slots_RK)):
-            of_pieces = [
-                self.backward(dy_RD[rows], x_RD[rows], slots_RK[rows], gates_RK[rows], None, accumulate=accumulate)
-                for rows in pieces
-            ]
-            return torch.cat([dx for dx, _ in of_pieces]), torch.cat([dgates for _, dgates in of_pieces])
+        if pieces := self._pieces(slots_RK):
+            parts = [self.backward(dy_RD[at], x_RD[at], slots_RK[at], gates_RK[at], None) for at in pieces]
+            dx_RD, dgates_RK = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+            return dx_RD, dgates_RK, None, sum(part[3] for part in parts)
+        kernel = self._usable(saved, Saved)
         x, dy = self._rows(x_RD), dy_RD if is_promise(dy_RD) else self._rows(dy_RD)
-        if accumulate and self._graphed is not None and self._graphed.takes(x, slots_RK):
+        if self._graphed is not None and self._graphed.takes(x, slots_RK):
             slots, gates = self._pinned(slots_RK), self._pinned(gates_RK)
-            dx_RD, dgates_RK, _ = self._graphed.backward(dy, x, slots, gates, kernel)
+            dx_RD, dgates_RK, work = self._graphed.backward(dy, x, slots, gates, kernel, keep=True)
         else:
             slots, gates = self.put(slots_RK), self.put(gates_RK)
-            sums = self._optimizer.grads if accumulate else None
-            dx_RD, dgates_RK = moe_ffn_backward(
-                self._rows(dy), x, slots, gates, self._compute, kernel, weight_grads=sums
-            )
-        if accumulate:  # while the device works
-            self._summed_rows_E += self._rows_by_slot(slots_RK)
-        return dx_RD.to(x_RD), dgates_RK.to(gates_RK.dtype)
+            dx_RD, dgates_RK, work = moe_ffn_backward(self._rows(dy), x, slots, gates, self._compute, kernel)
+        assert dx_RD is not None
+        assert work is not None
+        n_pairs = int((slots_RK.numpy() >= 0).sum())
+        most = _most(self._rows(dy), x, gates, work, n_pairs)
+        return dx_RD.to(x_RD), dgates_RK.to(gates_RK.dtype), Reusable(work, self._generation), most
 
-    def subtract(self, dy_RD: Tensor, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor) -> None:
-        """Take a gradient that was added out of the sums, as it would be at the weights of now: exact up to rounding
-        (of the sum, and of what was added since) if these have not changed."""
-        self.backward(-dy_RD, x_RD, slots_RK, gates_RK, None)
-        self._summed_rows_E -= 2 * self._rows_by_slot(slots_RK)
+    def _usable(self, reusable: Reusable | None, kind: type[KernelT]) -> KernelT | None:
+        """What it has, if it is of that kind, and of the weights of now."""
+        if reusable is None or reusable.generation != self._generation or not isinstance(reusable.kernel, kind):
+            return None
+        return reusable.kernel
 
-    def make_up(self, dy_RD: Tensor, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor) -> None:
-        """As `subtract`, for a gradient of a step that is over: its rows were counted then, and stay so."""
-        rows_E = self._rows_by_slot(slots_RK)
-        self.backward(-dy_RD, x_RD, slots_RK, gates_RK, None)
-        self._summed_rows_E -= rows_E
-        self._made_up_E |= rows_E > 0
+    def gradients(self, calls: Sequence[BankCall]) -> WeightGrads | None:
+        """The weights' gradients at the weights of now, summed over the calls in their order: the same bits for the
+        same calls, whatever is left of their backwards. None of no pairs."""
+        sums: WeightGrads | None = None
+        for group in self._groups(calls):
+            work = [self._work(call) for call in group]
+            new = moe_ffn_weight_grads(work, self._compute)
+            if sums is None:
+                sums = new
+            else:
+                sums = WeightGrads(*(total.float().add_(grad) for total, grad in zip(sums, new, strict=True)))
+        return sums
 
-    def clear_grads(self) -> None:
-        """The gradient sums start again at zero."""
-        self.settle()
-        self._optimizer.zero_grads()
-        self._summed_rows_E.zero_()
-        self._made_up_E.zero_()
+    def _groups(self, calls: Sequence[BankCall]) -> Iterator[list[BankCall]]:
+        """The calls, and pieces of calls, that have pairs, by what is made at once. By sizes alone."""
+        group: list[BankCall] = []
+        n_bytes = 0
+        for call in calls:
+            for at in self._pieces(call.slots_RK) or [slice(None)]:
+                part = call
+                if at != slice(None):
+                    part = BankCall(call.dy_RD[at], call.x_RD[at], call.slots_RK[at], call.gates_RK[at])
+                if not bool((part.slots_RK >= 0).any()):
+                    continue
+                part_bytes = pairs_bytes(*part.slots_RK.shape, self.shape)
+                if group and n_bytes + part_bytes > self._at_once_bytes:
+                    yield group
+                    group, n_bytes = [], 0
+                group.append(part)
+                n_bytes += part_bytes
+        if group:
+            yield group
 
-    def _rows_by_slot(self, slots_RK: Tensor) -> Tensor:
+    def _work(self, call: BankCall) -> WeightCall:
+        slots = self.put(call.slots_RK)
+        dy, x, work = self._rows(call.dy_RD), self._rows(call.x_RD), self._usable(call.reusable, Work)
+        if work is None:
+            *_, work = moe_ffn_backward(dy, x, slots, self.put(call.gates_RK), self._compute, None, rows=False)
+        return WeightCall(dy, x, slots, work)
+
+    def rows_by_slot(self, slots_RK: Tensor) -> Tensor:
+        """int64 [E], pairs of each expert."""
         counts = np.bincount(slots_RK.cpu().numpy().reshape(-1) + 1, minlength=len(self.indices) + 1)
         return torch.from_numpy(counts[1:])
 
-    def commit(self, tokens: int) -> bool:
-        """Count `tokens` whose gradients are complete; True if that was the batch, and the experts made their step."""
-        closed = self.close(tokens)
-        if closed is not None:
-            self.step(closed)
-        return closed is not None
+    def fold(self, calls: Sequence[BankCall]) -> None:
+        """Make the sums of calls of the next step now, so that their rows need not be kept: what comes is added to
+        them."""
+        self._base = _sum(self._base, self.gradients(calls))
+        for call in calls:
+            self._base_rows_E += self.rows_by_slot(call.slots_RK)
 
-    def close(self, tokens: int, *, detach: bool = False) -> ClosedSums | None:
-        """Count `tokens` as `commit` does; if that was the batch, what the experts shall `step` on. With `detach` other
-        calls may come before that: their gradients belong to the next step."""
-        if tokens < 0:
-            raise ValueError(f"cannot commit {tokens} tokens")
-        self.settle()
-        self.committed_tokens += tokens
-        if self.committed_tokens < self.global_batch_tokens:
-            return None
-        closed = ClosedSums(
-            grads=self._optimizer.detach_grads() if detach else self._optimizer.grads,
-            rows_E=tuple(self._summed_rows_E.tolist()),
-            filled_E=tuple(((self._summed_rows_E > 0) | self._made_up_E).tolist()),
-            tokens=self.committed_tokens,
-            detached=detach,
-        )
+    def close(self, calls: Sequence[BankCall], tokens: int) -> Batch:
+        """A batch that is complete with `tokens`: what the experts shall `step` on."""
+        rows_E = self._base_rows_E + sum(self.rows_by_slot(call.slots_RK) for call in calls)
+        batch = Batch(calls=calls, base=self._base, rows_E=tuple(rows_E.tolist()), tokens=tokens)
+        self._base = None
+        self._base_rows_E = torch.zeros_like(self._base_rows_E)
         self._clock += 1
-        self._summed_rows_E.zero_()
-        self._made_up_E.zero_()
         self.committed_tokens = 0
-        return closed
+        return batch
 
-    def shares(self, closed: ClosedSums, indices: Collection[int]) -> dict[int, ExpertShare]:
-        """Copies of those of the closed sums that hold anything, for replicas; on the CPU."""
+    def make(self, batch: Batch) -> WeightGrads:
+        """The sums of a batch."""
+        if batch.grads is None:
+            has_base = [batch.base is not None and any(bool(g[slot].any()) for g in batch.base)
+                        for slot in range(len(self.indices))]  # fmt: skip
+            sums = _sum(batch.base, self.gradients(batch.calls))
+            batch.grads = sums or WeightGrads(*(torch.zeros_like(w) for w in self._optimizer.w))
+            batch.filled_E = tuple(rows > 0 or base for rows, base in zip(batch.rows_E, has_base, strict=True))
+            batch.calls, batch.base = (), None
+        return batch.grads
+
+    def shares(self, batch: Batch, indices: Collection[int]) -> dict[int, ExpertShare]:
+        """Copies of those of the batch's sums that hold anything, for replicas; on the CPU."""
+        if not indices:
+            return {}
+        grads = self.make(batch)
         shares: dict[int, ExpertShare] = {}
-        for slot, filled in enumerate(closed.filled_E):
-            g_in, g_out = (grad[slot] for grad in closed.grads)
-            wanted = filled and self.indices[slot] in indices
-            if wanted and bool(g_in.isfinite().all()) and bool(g_out.isfinite().all()):
+        for slot, filled in enumerate(batch.filled_E):
+            if not filled or self.indices[slot] not in indices:
+                continue
+            g_in, g_out = (_copy(grad[slot].float()) for grad in grads)
+            if bool(g_in.isfinite().all()) and bool(g_out.isfinite().all()):
                 shares[self.indices[slot]] = ExpertShare(
-                    rows=closed.rows_E[slot],
-                    rows_before=int(self._stepped_rows_E[slot]),
-                    g_in=_copy(g_in),
-                    g_out=_copy(g_out),
+                    rows=batch.rows_E[slot], rows_before=int(self._stepped_rows_E[slot]), g_in=g_in, g_out=g_out
                 )
         return shares
 
     def step(
-        self, closed: ClosedSums, shares: Mapping[int, Mapping[int, ExpertShare]] | None = None, *, clock: int = 0
+        self, batch: Batch, shares: Mapping[int, Mapping[int, ExpertShare]] | None = None, *, clock: int = 0
     ) -> None:
-        """The experts' step on `closed`, and on what replicas add: index -> origin -> share. Replicas with the same
+        """The experts' step on `batch`, and on what replicas add: index -> origin -> share. Replicas with the same
         weights that step on the same shares are the same to the bit afterwards.
 
         `clock`: as replicas have it with this step. Who joined later has not heard of all commits, and never will.
         """
         self._clock = max(self._clock, min(clock, max(self._optimizer.versions) + 1))
-        made = False
         try:
-            self._step_on(closed, {self._slot_of[index]: parts for index, parts in (shares or {}).items()})
-            made = True
+            self._step_on(batch, {self._slot_of[index]: parts for index, parts in (shares or {}).items()})
         finally:
-            if not made:  # the batch is over: what its sums hold is no part of the next one
-                for grad in closed.grads:
-                    grad.zero_()
             self._weights_changed()
 
-    def _step_on(self, closed: ClosedSums, parts_of: Mapping[int, Mapping[int, ExpertShare]]) -> None:
+    def _step_on(self, batch: Batch, parts_of: Mapping[int, Mapping[int, ExpertShare]]) -> None:
         """With the parts of replicas by slot."""
+        grads = self.make(batch)
+        if parts_of:
+            grads = WeightGrads(*(grad.float() for grad in grads))
         for slot, parts in parts_of.items():
-            self._add_shares(closed, slot, parts)
+            self._add_shares(grads, batch.filled_E[slot], slot, parts)
         # Those that a replica has brought to this step already have nothing to make up for.
         still = {
             slot
             for slot, version in enumerate(self._optimizer.versions)
-            if version >= self._clock and not closed.filled_E[slot] and not parts_of.get(slot)
+            if (version >= self._clock and not batch.filled_E[slot] and not parts_of.get(slot))
+            or self.indices[slot] in self.broken
         }
         # Not of an expert whose sum was not finite: it has learned nothing from those rows.
-        for slot in self._optimizer.step(closed.tokens, closed.grads, still=still, latest=self._clock):
-            self._stepped_rows_E[slot] += closed.rows_E[slot]
+        for slot in self._optimizer.step(batch.tokens, grads, still=still, latest=self._clock):
+            self._stepped_rows_E[slot] += batch.rows_E[slot]
             version, lineage = self._optimizer.versions[slot], self._lineages[slot]
-            lineage = lineage.plus(self.origin, closed.rows_E[slot], version)
+            lineage = lineage.plus(self.origin, batch.rows_E[slot], version)
             for origin, share in parts_of.get(slot, {}).items():
                 # A lineage says how many of an origin's rows, from its first: not so if we lack some before these.
                 if lineage.rows_of(origin) == share.rows_before:
                     lineage = lineage.plus(origin, share.rows, version)
             self._lineages[slot] = lineage
 
-    def _add_shares(self, closed: ClosedSums, slot: int, parts: Mapping[int, ExpertShare]) -> None:
+    def _add_shares(self, grads: WeightGrads, filled: bool, slot: int, parts: Mapping[int, ExpertShare]) -> None:
         """In the order of origins, ours among them: addition of floats is not associative."""
-        for which, own in enumerate(closed.grads):
+        for which, own in enumerate(grads):
             terms = {origin: (share.g_in, share.g_out)[which] for origin, share in parts.items()}
-            if closed.filled_E[slot]:
+            if filled:
                 terms[self.origin] = own[slot].clone()
             own[slot].zero_()
             for _, term in sorted(terms.items(), key=lambda one: one[0]):
                 own[slot].add_(term.to(own.device))
+
+    def find_broken(self) -> frozenset[int]:
+        """Indices of experts whose weights are not finite, and were so far not known to be broken: from now on no call
+        runs on them."""
+        finite_E = [all(bool(w[slot].isfinite().all()) for w in self._weights[:2]) for slot in range(len(self.indices))]
+        found = frozenset(i for i, finite in zip(self.indices, finite_E, strict=True) if not finite) - self.broken
+        if found:
+            self._set_broken(self.broken | found)
+        return found
+
+    def _set_broken(self, broken: frozenset[int]) -> None:
+        self.broken = broken
+        for index, slot in self._slot_of.items():
+            self._slot_at[index + 1] = -1 if index in broken else slot
+        self._generation += 1
 
     def _weights_changed(self) -> None:
         self._generation += 1
@@ -397,33 +442,35 @@ class ExpertBank:
         stacks = (*optimizer.w, *optimizer.m, *optimizer.v)
         return dict(zip(STATE_FIELDS[:-1], stacks, strict=True))
 
-    def _sums(self) -> dict[str, Tensor]:
-        self.settle()
-        return dict(zip(SUM_FIELDS[:-1], self._optimizer.grads, strict=True))
+    def state(
+        self, indices: Sequence[int] | None = None, *, committed: Sequence[BankCall] | None = None
+    ) -> dict[str, Tensor]:
+        """Copies on the CPU by name (see `wire.state`): STATE_FIELDS, and LINEAGE_FIELD; all experts that are not
+        broken unless `indices` is given.
 
-    def state(self, indices: Sequence[int] | None = None, *, with_sums: bool = False) -> dict[str, Tensor]:
-        """Copies on the CPU by name (see `wire.state`): STATE_FIELDS, and LINEAGE_FIELD; all experts unless `indices`
-        is given.
-
-        `with_sums`: while tokens are committed towards the next step, SUM_FIELDS too, so that whoever loads the state
-        makes that step as this bank would. Sums without committed tokens are of steps that may never be committed.
-        KeyError for an index that is not hosted here.
+        `committed`: the calls towards the next step. While tokens are committed to it, SUM_FIELDS come too, so that
+        whoever loads the state makes that step as this bank would. KeyError for an index that is not hosted here.
         """
-        stacks, sums = self._stacks(), self._sums()
+        stacks = self._stacks()
+        sums: WeightGrads | None = None
+        if committed is not None and self.committed_tokens > 0:
+            sums = _sum(self._base, self.gradients(committed)) or WeightGrads(
+                *(torch.zeros_like(w) for w in self._optimizer.w)
+            )
         state: dict[str, Tensor] = {}
         for index in self.indices if indices is None else indices:
             slot = self._slot_of[index]
+            if index in self.broken:
+                continue
             for field, stack in stacks.items():
                 state[self._name(index, field)] = _copy(stack[slot])
             state[self._name(index, "version")] = torch.tensor(self._optimizer.versions[slot])
             if self._lineages[slot].seen:
                 state[self._name(index, LINEAGE_FIELD)] = self._lineages[slot].to_tensor()
             # Sums that are not finite make no step, and a snapshot with them would be refused as a whole.
-            if with_sums and self.committed_tokens > 0 and all(bool(g[slot].isfinite().all()) for g in sums.values()):
-                for field, stack in sums.items():
-                    state[self._name(index, field)] = torch.clone(
-                        stack[slot], memory_format=torch.contiguous_format
-                    ).cpu()
+            if sums is not None and all(bool(grad[slot].isfinite().all()) for grad in sums):
+                for field, stack in zip(SUM_FIELDS[:-1], sums, strict=True):
+                    state[self._name(index, field)] = _copy(stack[slot].float())
                 state[self._name(index, "committed_tokens")] = torch.tensor(self.committed_tokens)
         return state
 
@@ -436,20 +483,21 @@ class ExpertBank:
         shapes that do not fit, values that are not finite, or negative ones that cannot be.
         """
         untouched = self._generation == 0 and self.committed_tokens == 0
-        loaded, sums = self._put_state(state), self._sums()
+        loaded = self._put_state(state)
         self._clock = max([self._clock, *(self.versions[index] for index in loaded)])
         committed_of = {index: int(state.get(self._name(index, "committed_tokens"), 0)) for index in loaded}
         if loaded and (untouched or len(loaded) == len(self.indices)):
             self.committed_tokens = max(committed_of.values())
         for index in loaded:
-            slot = self._slot_of[index]
-            for field, stack in sums.items():
-                if 0 < committed_of[index] == self.committed_tokens:
-                    stack[slot].copy_(state[self._name(index, field)])
+            slot, wanted = self._slot_of[index], 0 < committed_of[index] == self.committed_tokens
+            if wanted and self._base is None:
+                self._base = WeightGrads(*(torch.zeros_like(w) for w in self._optimizer.w))
+            for field, grad in zip(SUM_FIELDS[:-1], self._base or (), strict=False):
+                if wanted:
+                    grad[slot].copy_(state[self._name(index, field)])
                 else:
-                    stack[slot].zero_()
-            self._summed_rows_E[slot] = 0
-            self._made_up_E[slot] = False
+                    grad[slot].zero_()
+            self._base_rows_E[slot] = 0
 
     def replace_state(self, state: Mapping[str, Tensor]) -> None:
         """Put the experts in `state` in the place of theirs while they learn: gradient sums and committed tokens stay.
@@ -466,6 +514,8 @@ class ExpertBank:
             self._optimizer.versions[slot] = int(state[self._name(index, "version")])
             said = Lineage.from_tensor(state.get(self._name(index, LINEAGE_FIELD)), own=self.origin)
             self._lineages[slot] = said.capped(self.origin, int(self._stepped_rows_E[slot])) if self.origin else said
+        if self.broken.intersection(loaded):
+            self._set_broken(self.broken.difference(loaded))
         self._weights_changed()
         return loaded
 
@@ -485,3 +535,25 @@ class ExpertBank:
 
     def _name(self, index: int, field: str) -> str:
         return tensor_name(ExpertId(self.layer, index), field)
+
+
+def _sum(a: WeightGrads | None, b: WeightGrads | None) -> WeightGrads | None:
+    if a is None or b is None:
+        return a or b
+    return WeightGrads(*(one.float() + other for one, other in zip(a, b, strict=True)))
+
+
+def _most(dy_RD: Tensor, x_RD: Tensor, gates_RK: Tensor, work: Work, n_pairs: int) -> float | Tensor:
+    """A bound of every entry of the weights' gradients of a call; NaN if a part of them is. On a GPU a tensor, which
+    nobody waits for."""
+    if not n_pairs or not work.a:
+        return 0.0
+    a, dh = ([block[:n_pairs] for block in blocks] for blocks in (work.a, work.dh))
+    largest = torch.stack(
+        [torch.linalg.vector_norm(value, ord=torch.inf).float() for value in (dy_RD, x_RD, gates_RK, *a, *dh)]
+    )
+    dy, x, gate = largest[:3]
+    most_a, most_dh = largest[3 : 3 + len(a)].amax(), largest[3 + len(a) :].amax()
+    # With gates of 1 at least, for some backends have them in activations and gradients already.
+    bound = n_pairs * gate.clamp(min=1) * torch.maximum(dy * most_a, x * most_dh)
+    return bound if bound.is_cuda else float(bound)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_net.errors import LimitError, WireError
-from moe_net.experts.callbook import CallFacts
+from moe_net.experts.staging import CallFacts
 from moe_net.types import ExpertShape
 from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
 

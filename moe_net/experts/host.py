@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from moe_net.errors import BusyError, ExpertCallError, UnknownExpertError, WireError
-from moe_net.experts.bank import BankSaved, ClosedSums, ExpertBank
-from moe_net.experts.callbook import CallBook, CallFacts
+from moe_net.experts.bank import BankCall, Batch, ExpertBank, Reusable
 from moe_net.experts.checks import backward_facts, check_cost, check_shapes, check_twin, forward_facts, some
-from moe_net.experts.journal import Journal
 from moe_net.experts.merging import Part, fitting, merge, split
-from moe_net.experts.voiding import Voiding
+from moe_net.experts.staging import CallFacts, Staged, Staging
 from moe_net.kernels.promise import landed
 from moe_net.types import ExpertId, ExpertShape
 from moe_net.wire.messages import (
@@ -43,14 +41,39 @@ log = logging.getLogger(__name__)
 MIB = 2**20
 
 
+MAX_GRADIENT = 1e12
+"""The largest that an entry of one call's weight gradient may be. Not even all calls of a batch together make a norm
+infinite then, for which everybody's step would be skipped."""
+
+Book = Staging[RoutedRows, "Gradient", Reusable, CommitAnswer]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradient:
+    """What a Backward brought."""
+
+    grad_RD: Tensor
+    most: float | Tensor
+    """See `ExpertBank.backward`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Committed:
+    """A call that counts, for as long as its batch is not made."""
+
+    call: BankCall
+    n_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Closed:
     """A step that is due."""
 
     batch: bytes
     """The same at every replica that closes it by the same commits."""
-    sums: Mapping[int, ClosedSums]
-    """Of each layer."""
+    layers: Mapping[int, Batch]
+    held_bytes: int
+    """Of the calls that it is made of."""
 
 
 class ExpertHost:
@@ -63,20 +86,16 @@ class ExpertHost:
         self,
         banks: Mapping[int, ExpertBank],
         *,
-        cache_bytes: int = 256 * MIB,
-        reply_bytes: int = 64 * MIB,
-        journal_bytes: int = 256 * MIB,
+        stage_bytes: int = 512 * MIB,
         pairs_bytes: int = 3072 * MIB,
-        book: CallBook[RoutedRows, BankSaved, BackwardAnswer] | None = None,
+        staging: Book | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`cache_bytes` for inputs that wait for their Backward, `reply_bytes` for answers that a retry may ask for.
-        `journal_bytes` for the calls whose gradients a trainer may still want taken out, and those added beside them.
+        """`stage_bytes` for what calls leave between their Forward and their trainer's Commit (`Staging`).
         `pairs_bytes` for what a call, or calls that run together, take beside their rows (`checks.pairs_bytes`):
         2048 rows of 8 experts as wide as Mixtral's take 2 GiB.
-        `book`: a book with limits of its own, instead of these. `clock`, in seconds: when trainers were heard of.
-        ValueError when there is no bank, or the banks'
-        experts differ in shape."""
+        `staging`: with limits of its own, instead of these. `clock`, in seconds: when trainers were heard of.
+        ValueError when there is no bank, or the banks' experts differ in shape."""
         if not banks:
             raise ValueError("an ExpertHost needs at least one bank")
         shapes = {bank.shape for bank in banks.values()}
@@ -84,16 +103,18 @@ class ExpertHost:
             raise ValueError(f"experts of one host have one shape, not {len(shapes)}: {shapes}")
         self._banks = dict(sorted(banks.items()))
         self.shape: ExpertShape = shapes.pop()
-        self._book = book or CallBook(cache_bytes=cache_bytes, reply_bytes=reply_bytes)
+        self._staging: Book = staging or Staging(limit_bytes=stage_bytes)
         self._pairs_bytes = pairs_bytes
         self._clock = clock
-        self._journal: Journal[RoutedRows, Tensor] = Journal(limit_bytes=journal_bytes)
-        self._voiding = Voiding(self._banks, self._journal, self._part, clock)
-        self._dispatches = 0
         self._open: set[int] = set()
         """Layers whose step is closed but not made."""
-        self._batch: list[tuple[str, int, int]] = []
+        self._due: dict[int, Batch] = {}
+        """Of each such layer whose step nobody else is asked for, the first forward layer first."""
+        self._due_bytes = 0
+        self._commits: list[tuple[str, int, int]] = []
         """Commits (trainer, step, tokens) towards the next step."""
+        self._committed: dict[int, dict[tuple[str, int, int], _Committed]] = {layer: {} for layer in self._banks}
+        """Their calls of each layer, by trainer, step and position in the commit."""
 
     @property
     def experts(self) -> tuple[ExpertId, ...]:
@@ -130,6 +151,7 @@ class ExpertHost:
         Of rows that are on a GPU the answer's tensors are there when the GPU has done what it was given (as of
         `backward_many`); of rows on the CPU now.
         """
+        self._staging.advance(self._clock())
         answers: dict[int, ForwardAnswer | ExpertCallError | WireError] = {}
         parts: dict[bytes, Part] = {}
         twins: dict[int, Part] = {}
@@ -137,7 +159,8 @@ class ExpertHost:
             try:
                 assert call.layer == calls[0].layer, "calls of several layers cannot be merged"
                 facts = forward_facts(call)
-                self._book.check_forward(call.call_id, facts)
+                self._make_due(call.layer)
+                self._staging.check_forward(call.call_id, facts)
                 part = self._part(position, facts, call.rows)
                 twin = parts.setdefault(call.call_id, part)
                 if twin is not part:
@@ -163,18 +186,23 @@ class ExpertHost:
         bank = self._banks[parts[0].facts.layer]
         merged = merge(parts)
         # Pre-activations of merged calls lie sorted by expert, not by call: they are kept for single calls only, and
-        # computed again for others (one product of the forward's two), and where they alone would not fit in the book.
+        # computed again for others (one product of the forward's two), and where they alone would not fit.
         h_bytes = merged.slot_RK.numel() * self.shape.d_hidden * self.compute_dtype.itemsize
-        keep = len(parts) == 1 and calls[parts[0].position].train and h_bytes <= self._book.cache_bytes
+        keep = len(parts) == 1 and calls[parts[0].position].train and h_bytes <= self._staging.limit_bytes
         y_RD, saved = bank.forward(merged.x_RD, merged.slot_RK, merged.gate_RK, keep=keep)
-        versions = bank.versions
         y_by_part = split(y_RD, [part.facts.n_rows for part in parts])
+        if not _is_finite(y_RD) and self._run_without_broken(bank, parts, calls, answers):
+            return
+        versions = bank.versions
         for part, y in zip(parts, y_by_part, strict=True):
             call = calls[part.position]
+            if not _is_finite(y):
+                answers[part.position] = WireError("x: what the experts make of these rows is not finite")
+                continue
             if call.train:
-                saved_bytes = 0 if saved is None else saved.nbytes
                 rows = _landed_rows(part.rows)
-                self._book.keep(call.call_id, part.facts, rows, _rows_bytes(rows), saved, saved_bytes)
+                n_saved = 0 if saved is None else saved.nbytes
+                self._staging.keep(call.call_id, part.facts, rows, _rows_bytes(rows), saved, n_saved)
             answers[part.position] = ForwardAnswer(
                 y_RD=y,
                 failed_experts=part.missing,
@@ -182,114 +210,96 @@ class ExpertHost:
                 encoding=call.reply_encoding,
             )
 
-    def backward_many(self, calls: Sequence[BackwardCall]) -> list[BackwardAnswer | ExpertCallError | WireError]:
-        """One answer per call, in order; all of one layer. New gradients are added in one dispatch; those added
-        before, whose answer is gone, are computed once more in another, without adding."""
-        answers: dict[int, BackwardAnswer | ExpertCallError | WireError] = {}
-        parts: dict[bytes, Part] = {}
-        twins: dict[int, Part] = {}
-        adding: list[Part] = []
-        repeating: list[Part] = []
-        saved: BankSaved | None = None
-        self._book.advance(self._clock())
-        for position, call in enumerate(calls):
-            try:
-                assert call.layer == calls[0].layer, "calls of several layers cannot be merged"
-                self._bank(call.layer)
-                facts = backward_facts(call, self.shape.d_model)
-                twin = parts.get(call.call_id)
-                if twin is not None:
-                    check_twin(call.call_id, facts, twin.facts)
-                    twins[position] = twin
-                    continue
-                plan = self._book.plan_backward(call.call_id, facts, call.rows)
-                if plan.answer is not None:
-                    answers[position] = replace(plan.answer, repeated=True, encoding=call.reply_encoding)
-                    continue
-                assert plan.inputs is not None, "a plan without an answer has inputs"
-                part = self._part(position, plan.facts, plan.inputs)
-                if plan.accumulate:
-                    # From here on the id stands in the book: see CallBook.mark_applied.
-                    self._book.mark_applied(call.call_id, plan.facts)
-                    saved = plan.saved
-                (adding if plan.accumulate else repeating).append(part)
-                parts[call.call_id] = part
-            except (ExpertCallError, WireError) as error:
-                answers[position] = error
-        for together in fitting(adding, self.shape, self._pairs_bytes):
-            self._run_backward(calls, together, saved if len(adding) == 1 else None, answers, accumulate=True)
-        for together in fitting(repeating, self.shape, self._pairs_bytes):
-            self._run_backward(calls, together, None, answers, accumulate=False)
-        for position, twin in twins.items():
-            answer = answers[twin.position]
-            assert isinstance(answer, BackwardAnswer), "a call in `parts` has run"
-            answers[position] = replace(answer, repeated=True, encoding=calls[position].reply_encoding)
-        return [answers[position] for position in range(len(calls))]
-
-    def _run_backward(
+    def _run_without_broken(
         self,
-        calls: Sequence[BackwardCall],
+        bank: ExpertBank,
         parts: Sequence[Part],
-        saved: BankSaved | None,
-        answers: dict[int, BackwardAnswer | ExpertCallError | WireError],
-        *,
-        accumulate: bool,
-    ) -> None:
-        bank = self._banks[parts[0].facts.layer]
-        merged = merge(parts)
-        grads = [calls[part.position].grad_RD for part in parts]
-        grad_RD = grads[0] if len(grads) == 1 else torch.cat(grads)
-        dx_RD, dgate_RK = bank.backward(
-            grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, saved, accumulate=accumulate
+        calls: Sequence[ForwardCall],
+        answers: dict[int, ForwardAnswer | ExpertCallError | WireError],
+    ) -> bool:
+        """If experts turn out to be broken: the parts again, on the others. Whether that was it."""
+        if not self._note_broken(bank):
+            return False
+        left: list[Part] = []
+        for part in parts:
+            try:
+                left.append(self._part(part.position, part.facts, part.rows))
+            except ExpertCallError as error:
+                answers[part.position] = error
+        if left:
+            self._run_forward(calls, left, answers)
+        return True
+
+    def _note_broken(self, bank: ExpertBank) -> bool:
+        found = bank.find_broken()
+        if found:
+            log.error("experts %s of layer %d are not finite: no call runs on them", some(sorted(found)), bank.layer)
+        return bool(found)
+
+    @property
+    def broken(self) -> tuple[ExpertId, ...]:
+        """Experts whose weights are not finite, which run no more until they are replaced."""
+        return tuple(ExpertId(layer, i) for layer, bank in self._banks.items() for i in sorted(bank.broken))
+
+    def backward_many(self, calls: Sequence[BackwardCall]) -> list[BackwardAnswer | ExpertCallError | WireError]:
+        """One answer per call, in order; all of one layer. Each runs by itself, so that what it leaves for the weights'
+        gradients has the same bits whatever came with it. Nothing is added to anything: see `commit`."""
+        self._staging.advance(self._clock())
+        answers: list[BackwardAnswer | ExpertCallError | WireError] = []
+        for call in calls:
+            assert call.layer == calls[0].layer, "calls of several layers cannot be merged"
+            try:
+                self._bank(call.layer)
+                self._make_due(call.layer)
+                answers.append(self._run_backward(call))
+            except (ExpertCallError, WireError) as error:
+                answers.append(error)
+        return answers
+
+    def _run_backward(self, call: BackwardCall) -> BackwardAnswer:
+        bank = self._banks[call.layer]
+        facts = backward_facts(call, self.shape.d_model)
+        resent_bytes = 0 if call.rows is None else _rows_bytes(call.rows)
+        found = self._staging.find(call.call_id, facts, call.rows, call.grad_RD.nbytes + resent_bytes)
+        part = self._part(0, found.facts, found.inputs)
+        merged = merge([part])
+        dx_RD, dgate_RK, work, most = bank.backward(
+            call.grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, found.extra
         )
-        if accumulate:  # not of one that has raised: nothing was added (`GraphedExperts` takes all room before)
-            self._dispatches += 1
-            for part, grad in zip(parts, map(landed, grads), strict=True):
-                n_bytes = _rows_bytes(part.rows) + grad.nbytes
-                call_id = calls[part.position].call_id
-                self._journal.add(call_id, part.facts, part.rows, grad, n_bytes, dispatch=self._dispatches)
-            self._voiding.trim()
+        if dx_RD.device.type == "cpu" and not _is_finite(dx_RD):
+            if self._note_broken(bank):
+                return self._run_backward(call)
+            raise WireError("grad: what the experts make of these rows is not finite")
         dgate_P = dgate_RK.reshape(-1)
         if merged.filled_RK is not None:  # by position: of a mask on a GPU the host would have to know the size
             dgate_P = dgate_P[bank.put(merged.filled_RK.reshape(-1).nonzero().flatten())]
-        versions = bank.versions
-        dx_by_part = split(dx_RD, [part.facts.n_rows for part in parts])
-        dgate_by_part = split(dgate_P, [part.slot_P.numel() for part in parts])
-        for part, dx, dgate in zip(parts, dx_by_part, dgate_by_part, strict=True):
-            call = calls[part.position]
-            if len(parts) > 1:
-                # A kept view would keep the whole batch alive, and count as its own size only.
-                dx, dgate = dx.clone(), dgate.clone()
-            answer = BackwardAnswer(
-                dx_RD=dx,
-                gate_grad_P=bank.fetched(dgate),
-                repeated=not accumulate,
-                versions=_versions_of(part, bank, versions),
-                encoding=call.reply_encoding,
-            )
-            answers[part.position] = answer
-            self._book.store_reply(call.call_id, answer, dx.nbytes + dgate.nbytes)
+        rows, grad = _landed_rows(found.inputs), Gradient(landed(call.grad_RD), most)
+        self._staging.stage(call.call_id, replace(found, inputs=rows), grad, _rows_bytes(rows) + grad.grad_RD.nbytes)
+        self._staging.add_extra(call.call_id, work, 0 if work is None else work.nbytes)
+        answer = BackwardAnswer(
+            dx_RD=dx_RD,
+            gate_grad_P=bank.fetched(dgate_P),
+            versions=_versions_of(part, bank, bank.versions),
+            encoding=call.reply_encoding,
+        )
         if dx_RD.device != bank.device:
             bank.finish()
-
-    def settle(self) -> None:
-        """See `ExpertBank.settle`: for whoever calls with promises (`kernels.promise`), once the answers are on their
-        way."""
-        for bank in self._banks.values():
-            bank.settle()
+        return answer
 
     def commit(self, call: CommitCall) -> CommitAnswer:
-        """Take out what went to other replicas, close the trainer's step, count its tokens in every expert; these step
-        when that was the batch. BusyError: no room to remember the trainer. WireError: negative, or more tokens than
-        the run's batch, by which the gradients of all would be divided."""
+        """Count the calls that it names, and its tokens in every expert; these step when that was the batch. Everything
+        else that the trainer staged for this step, or earlier ones, is forgotten.
+
+        BusyError: no room to remember the trainer. WireError: negative, or more tokens than the run's batch, by which
+        the gradients of all would be divided."""
         answer, closed = self.begin_commit(call)
         if closed is not None:
             self.finish_commit(closed)
         return answer
 
-    def begin_commit(self, call: CommitCall, *, detach: bool = False) -> tuple[CommitAnswer, Closed | None]:
-        """As `commit`, but the step, if it is due, is left to `finish_commit`. With `detach` other calls may come in
-        between, but no other commit."""
+    def begin_commit(self, call: CommitCall) -> tuple[CommitAnswer, Closed | None]:
+        """As `commit`, but the step, if it is due, is left to `finish_commit`, or to `defer`. Other calls may come in
+        between: they belong to the next step."""
         if call.tokens < 0 or call.step < 0:
             raise WireError(f"step and tokens must not be negative: {call.step}, {call.tokens}")
         batch_tokens = min(bank.global_batch_tokens for bank in self._banks.values())
@@ -297,47 +307,111 @@ class ExpertHost:
             raise WireError(
                 f"tokens: {call.tokens}, but the run's global_batch_tokens, of all trainers, is {batch_tokens}"
             )
-        self._book.advance(self._clock())
-        void = self._book.applied_among(call.trainer, call.step, call.void)
-        if not self._book.commit(call.trainer, call.step):
-            voided, failed = self._book.voids_of(call.trainer, call.step)
-            answer = CommitAnswer(
-                repeated=True, stepped=False, committed_tokens=self.committed_tokens, voided=voided, void_failed=failed
-            )
+        self._staging.advance(self._clock())
+        taken = self._staging.commit(call.trainer, call.step, call.calls)
+        if taken is None:
+            before = self._staging.answer_of(call.trainer, call.step)
+            if before is not None:
+                return replace(before, repeated=True, committed_tokens=self.committed_tokens), None
+            answer = CommitAnswer(repeated=True, stepped=False, committed_tokens=self.committed_tokens)
             return answer, None
-        # Those of `call.void` that were never added need nothing: from now on they are refused as stale.
-        failed = self._voiding.take_out(void)
-        due = [n for n, bank in self._banks.items() if bank.committed_tokens + call.tokens >= bank.global_batch_tokens]
-        self._voiding.renew(due)
-        self._book.note_voids(call.trainer, len(void) - failed, failed)
-        self._journal.committed(call.trainer, call.step)
+        too_large: list[bytes] = []
+        for position, (call_id, staged) in enumerate(taken.calls.items()):
+            assert staged.grad is not None
+            if not float(staged.grad.most) <= MAX_GRADIENT:  # NaN is not either
+                too_large.append(call_id)
+                self._staging.let_go(staged.n_bytes)
+                continue
+            self._committed[staged.facts.layer][call.trainer, call.step, position] = self._to_count(staged)
+        if too_large:
+            log.warning("%d calls of %r are left out: their gradients are not finite", len(too_large), call.trainer)
         if call.tokens:  # one without tokens closes nothing, and there may be any number of them
-            self._batch.append((call.trainer, call.step, call.tokens))
-        closings = {layer: bank.close(call.tokens, detach=detach) for layer, bank in self._banks.items()}
-        sums = {layer: closing for layer, closing in closings.items() if closing is not None}
-        for layer in sums:
-            self._journal.stepped(layer, self._book.last_committed_step)
+            self._commits.append((call.trainer, call.step, call.tokens))
+        for bank in self._banks.values():
+            bank.committed_tokens += call.tokens
+        closed = self._close() if self.committed_tokens >= batch_tokens else None
         answer = CommitAnswer(
             repeated=False,
-            stepped=bool(sums),
+            stepped=closed is not None,
             committed_tokens=self.committed_tokens,
-            voided=len(void) - failed,
-            void_failed=failed,
+            missing=taken.missing,
+            not_finite=tuple(too_large),
         )
-        if not sums:
-            return answer, None
-        if detach:
-            self._open.update(sums)
-        batch, self._batch = hashlib.sha256(json.dumps(sorted(self._batch)).encode()).digest(), []
-        return answer, Closed(batch=batch, sums=sums)
+        self._staging.note_answer(call.trainer, answer)
+        if closed is None and self._staging.held_bytes > self._staging.limit_bytes // 2:
+            self._fold()
+        return answer, closed
+
+    def _to_count(self, staged: Staged[RoutedRows, Gradient, Reusable]) -> _Committed:
+        assert staged.grad is not None
+        merged = merge([self._part(0, staged.facts, staged.inputs)])
+        call = BankCall(staged.grad.grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, staged.extra)
+        return _Committed(call=call, n_bytes=staged.n_bytes)
+
+    def _in_order(self, layer: int) -> list[BankCall]:
+        """The layer's calls that count: in an order that does not depend on when they came."""
+        return [committed.call for _, committed in sorted(self._committed[layer].items(), key=lambda item: item[0])]
+
+    def _take_committed(self) -> tuple[dict[int, list[BankCall]], int]:
+        """The calls of each layer, which are the caller's now, and their bytes."""
+        calls = {layer: self._in_order(layer) for layer in self._banks}
+        held_bytes = sum(one.n_bytes for of_layer in self._committed.values() for one in of_layer.values())
+        for of_layer in self._committed.values():
+            of_layer.clear()
+        return calls, held_bytes
+
+    def _fold(self) -> None:
+        """Sums in the place of rows: a batch larger than what there is room for. What it adds up to depends then on
+        which commits came first."""
+        self.make_all_due()
+        calls, held_bytes = self._take_committed()
+        for layer, bank in self._banks.items():
+            bank.fold(calls[layer])
+        self._staging.let_go(held_bytes)
+
+    def _close(self) -> Closed:
+        self.make_all_due()
+        calls, held_bytes = self._take_committed()
+        layers = {layer: bank.close(calls[layer], bank.committed_tokens) for layer, bank in self._banks.items()}
+        self._open.update(layers)
+        batch, self._commits = hashlib.sha256(json.dumps(sorted(self._commits)).encode()).digest(), []
+        return Closed(batch=batch, layers=layers, held_bytes=held_bytes)
+
+    def defer(self, closed: Closed) -> None:
+        """A step without replicas: each layer makes it before anything else happens there, or when `make_next` has its
+        turn. The first layers come first, for the next forward needs them first."""
+        self._due = dict(closed.layers)
+        self._due_bytes = closed.held_bytes
+
+    def make_next(self) -> bool:
+        """Make the first layer's step that is due; whether more are."""
+        if self._due:
+            self._make_due(next(iter(self._due)))
+        return bool(self._due)
+
+    def _make_due(self, layer: int) -> None:
+        batch = self._due.pop(layer, None)
+        if batch is None:
+            return
+        try:
+            self._finish_layer(layer, batch, {}, 0)
+        finally:
+            if not self._due:
+                self._staging.let_go(self._due_bytes)
+                self._due_bytes = 0
+
+    def make_all_due(self) -> None:
+        """Every layer's."""
+        while self.make_next():
+            pass
 
     def share(self, closed: Closed, shared: Collection[ExpertId]) -> Share:
         """Our part of a step, for the replicas that make it as well: of the experts in `shared`."""
         experts: dict[ExpertId, ExpertShare] = {}
-        for layer, sums in closed.sums.items():
-            shares = self._banks[layer].shares(sums, {expert.index for expert in shared if expert.layer == layer})
+        for layer, batch in closed.layers.items():
+            shares = self._banks[layer].shares(batch, {expert.index for expert in shared if expert.layer == layer})
             experts |= {ExpertId(layer, index): share for index, share in shares.items()}
-        clock = max(self._banks[layer].clock for layer in closed.sums)
+        clock = max(self._banks[layer].clock for layer in closed.layers)
         return Share(origin=self.origin, clock=clock, experts=experts)
 
     def finish_commit(self, closed: Closed, shares: Sequence[Share] = ()) -> None:
@@ -349,11 +423,12 @@ class ExpertHost:
         parts = {share.origin: share.experts for share in shares if share.origin != self.origin}
         clock = max((share.clock for share in shares), default=0)
         with ExitStack() as steps:
-            for layer, sums in reversed(list(closed.sums.items())):
-                steps.callback(self._finish_layer, layer, sums, parts, clock)
+            steps.callback(self._staging.let_go, closed.held_bytes)
+            for layer, batch in reversed(list(closed.layers.items())):
+                steps.callback(self._finish_layer, layer, batch, parts, clock)
 
     def _finish_layer(
-        self, layer: int, sums: ClosedSums, parts: Mapping[int, Mapping[ExpertId, ExpertShare]], clock: int
+        self, layer: int, batch: Batch, parts: Mapping[int, Mapping[ExpertId, ExpertShare]], clock: int
     ) -> None:
         by_index: dict[int, dict[int, ExpertShare]] = {}
         for origin, experts in parts.items():
@@ -361,13 +436,9 @@ class ExpertHost:
                 if expert.layer == layer:
                     by_index.setdefault(expert.index, {})[origin] = share
         try:
-            # Those of the next step, if they are set apart.
-            self._voiding.renew((layer,))
-            self._banks[layer].step(sums, by_index, clock=clock)
+            self._banks[layer].step(batch, by_index, clock=clock)
         finally:
             self._open.discard(layer)
-            if sums.detached:
-                self._journal.weights_changed(layer, self._book.last_committed_step)
 
     def continue_at(self, committed_tokens: int) -> None:
         """Between two steps: in every layer as many tokens are committed towards the next one as a replica says, whose
@@ -379,9 +450,13 @@ class ExpertHost:
         """Copies of the experts' state, all of the layer when `indices` is empty; `with_sums` as in `ExpertBank.state`.
         UnknownExpertError."""
         self.check_hosted(layer, indices)
-        if with_sums and self.committed_tokens > 0:
-            self._voiding.renew_to_read(layer)
-        return self._banks[layer].state(sorted(set(indices)) or None, with_sums=with_sums)
+        self._make_due(layer)
+        bank = self._banks[layer]
+        state = bank.state(sorted(set(indices)) or None, committed=self._in_order(layer) if with_sums else None)
+        if not all(_is_finite(value) for value in state.values() if value.is_floating_point()):
+            self._note_broken(bank)
+            state = bank.state(sorted(set(indices)) or None, committed=self._in_order(layer) if with_sums else None)
+        return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> int:
         """Take over those experts of `state` (see `ExpertBank.state`) that are hosted here; returns how many.
@@ -391,9 +466,8 @@ class ExpertHost:
             hosted = {str(ExpertId(layer, index)) for index in bank.indices}
             mine = {name: value for name, value in state.items() if split_name(name)[0] in hosted}
             if mine:
-                self._voiding.renew((layer,))
+                self._make_due(layer)
                 bank.load_state(mine)
-                self._journal.forget(layer)
                 loaded += len(experts_in(mine))
         return loaded
 
@@ -407,11 +481,10 @@ class ExpertHost:
         BusyError between `begin_commit` and `finish_commit`: a replica that has made this step has our rows of it in
         its state already, and our own step would add them once more.
         """
+        self._make_due(layer)
         if layer in self._open:
             raise BusyError(f"layer {layer} is in the middle of a step")
-        self._voiding.renew((layer,))
         self._bank(layer).replace_state(state)
-        self._journal.weights_changed(layer, self._book.last_committed_step)
 
     def check_cost(self, rows: RoutedRows) -> None:
         """LimitError when a call with these takes more than one may at once; any thread may ask."""
@@ -458,3 +531,8 @@ def _landed_rows(rows: RoutedRows) -> RoutedRows:
 
 def _rows_bytes(rows: RoutedRows) -> int:
     return sum(t.nbytes for t in (rows.x_RD, rows.experts_per_row_R, rows.expert_index_P, rows.gate_P))
+
+
+def _is_finite(value: Tensor) -> bool:
+    """True of what is on a GPU, too: nobody waits for it here."""
+    return value.device.type != "cpu" or bool(torch.isfinite(value.sum())) or bool(value.isfinite().all())

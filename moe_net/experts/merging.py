@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_net.experts.callbook import CallFacts
 from moe_net.experts.checks import most_experts, pairs_bytes
+from moe_net.experts.staging import CallFacts
 from moe_net.types import ExpertShape
 from moe_net.wire.messages import RoutedRows
 

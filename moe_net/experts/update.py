@@ -29,31 +29,14 @@ class StackedAdamW:
     def __init__(self, w_in_EDH: Tensor, w_out_EFD: Tensor, config: OptimizerConfig) -> None:
         self.config = config
         self.w = (w_in_EDH, w_out_EFD)
-        self.grads = WeightGrads(torch.zeros_like(w_in_EDH), torch.zeros_like(w_out_EFD))
-        """Sums over tokens, in fp32."""
         self.m = (torch.zeros_like(w_in_EDH), torch.zeros_like(w_out_EFD))
         self.v = (torch.zeros_like(w_in_EDH), torch.zeros_like(w_out_EFD))
         self.versions = [0] * w_in_EDH.shape[0]
         """Steps each expert has made."""
 
-    def detach_grads(self) -> WeightGrads:
-        """The gradient sums, which are the caller's from now on; new ones start at zero."""
-        detached = self.grads
-        if detached.w_in_EDH.is_cuda:
-            # A GPU's graphs add to the memory of the first ones.
-            detached = WeightGrads(*(grad.clone() for grad in self.grads))
-            self.zero_grads()
-        else:
-            self.grads = WeightGrads(*(torch.zeros_like(grad) for grad in detached))
-        return detached
-
-    def zero_grads(self) -> None:
-        for grad in self.grads:
-            grad.zero_()
-
     def _clip_scale(self, grads: WeightGrads, slot: int, tokens: int) -> float:
         """Factor that turns the expert's sum into its clipped mean gradient; NaN if the sum is not finite."""
-        norm = float(torch.nn.utils.get_total_norm([grad[slot] for grad in grads])) / tokens
+        norm = float(torch.nn.utils.get_total_norm([grad[slot].float() for grad in grads])) / tokens
         if not math.isfinite(norm):
             return math.nan
         clip = self.config.clip_norm
@@ -62,21 +45,15 @@ class StackedAdamW:
 
     @torch.no_grad()
     def step(
-        self,
-        tokens: int,
-        grads: WeightGrads | None = None,
-        *,
-        still: Collection[int] = (),
-        latest: float = math.inf,
+        self, tokens: int, grads: WeightGrads, *, still: Collection[int] = (), latest: float = math.inf
     ) -> list[int]:
-        """One update of every expert by the mean over `tokens` of its gradients, and the sums start again at zero.
-        `grads`: sums that were detached, instead of those of now.
+        """One update of every expert by the mean over `tokens` of its summed gradients, which are used up.
         Slots in `still` do nothing, and versions do not go beyond `latest`. Returns the slots that stepped.
 
         An expert without rows steps as well, with a zero gradient, as it would in a single process. One whose sum is
         not finite does not step (weights, moments and version stay): its next gradients are its next chance.
         """
-        grads = self.grads if grads is None else grads
+        scales: dict[int, float] = {}
         slots_by_version: defaultdict[int, list[int]] = defaultdict(list)
         for slot, version in enumerate(self.versions):
             if slot in still:
@@ -85,19 +62,18 @@ class StackedAdamW:
             if math.isnan(scale):
                 logger.warning("expert in slot %d: gradient is not finite, step %d skipped", slot, version)
                 continue
-            for grad in grads:
-                grad[slot].mul_(scale)
+            scales[slot] = scale
             slots_by_version[version].append(slot)
         for version, slots in slots_by_version.items():
-            self._adamw(grads, slots, version)
+            means = [grad[slot].float().mul_(scales[slot]) for slot in slots for grad in grads]
+            self._adamw(means, slots, version)
             for slot in slots:
                 self.versions[slot] = version + (version < latest)
-        for grad in grads:
-            grad.zero_()
         return [slot for slots in slots_by_version.values() for slot in slots]
 
-    def _adamw(self, grads: WeightGrads, slots: list[int], version: int) -> None:
-        """Step the experts in `slots`, all at `version`: one fused pass over their memory."""
+    def _adamw(self, grads: list[Tensor], slots: list[int], version: int) -> None:
+        """Step the experts in `slots`, all at `version`, by their two gradients each: one fused pass over their
+        memory."""
 
         def matrices(stacks: tuple[Tensor, ...]) -> list[Tensor]:
             return [stack[slot] for slot in slots for stack in stacks]
@@ -105,7 +81,7 @@ class StackedAdamW:
         weights = matrices(self.w)
         adamw(
             weights,
-            matrices(grads),
+            grads,
             matrices(self.m),
             matrices(self.v),
             [],

@@ -255,15 +255,18 @@ def moe_ffn_backward(
     if dy_TD.shape != x_TD.shape or dy_TD.dtype != x_TD.dtype:
         raise ValueError(f"dy is {dy_TD.dtype} {list(dy_TD.shape)}, but x is {x_TD.dtype} {list(x_TD.shape)}")
     module, saved = _of_backward(x_TD, expert_ids_TK, weights, saved, backend)
-    inputs = (value.contiguous() for value in (dy_TD, x_TD, expert_ids_TK, gates_TK))
-    return module.backward_rows(*inputs, weights, saved, rows=rows)
+    dy_TD, x_TD, expert_ids_TK, gates_TK = (v.contiguous() for v in (dy_TD, x_TD, expert_ids_TK, gates_TK))
+    return module.backward_rows(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, rows=rows)
 
 
 @torch.no_grad()
 def moe_ffn_weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
     """The weights' gradients, summed over the calls in their order: the same bits for the same calls in the same order.
     All of one backend, and with at least one pair each. fp32, or on a GPU the dtype of the weights."""
-    dense = [WeightCall(*(value.contiguous() for value in call[:3]), call.work) for call in calls]
+    dense = [
+        WeightCall(dy_TD.contiguous(), x_TD.contiguous(), expert_ids_TK.contiguous(), work)
+        for dy_TD, x_TD, expert_ids_TK, work in calls
+    ]
     return _load(calls[0].work.backend).weight_grads(dense, weights)
 
 
@@ -296,8 +299,8 @@ class _MoeFfn(torch.autograd.Function):
         weights = ExpertWeights(w_in_EDH, w_out_EFD, ctx.activation)
         fresh = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         module, saved = _of_backward(x_TD, expert_ids_TK, weights, saved, None)
-        inputs = (value.contiguous() for value in (dy_TD, x_TD, expert_ids_TK, gates_TK))
-        dx_TD, dgates_TK, new = module.backward(*inputs, weights, saved, fresh=fresh)
+        dy_TD, x_TD, expert_ids_TK, gates_TK = (v.contiguous() for v in (dy_TD, x_TD, expert_ids_TK, gates_TK))
+        dx_TD, dgates_TK, new = module.backward(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved, fresh=fresh)
         dw_in_EDH, dw_out_EFD = (None, None) if new is None else new
         return dx_TD, None, dgates_TK, dw_in_EDH, dw_out_EFD, None, None
 

@@ -89,7 +89,7 @@ def backward_rows(
     if not rows:
         return None, torch.zeros_like(gates_TK), work
     dx_PD = products.rows(dh_PH, weights.w_in_EDH.transpose(1, 2), routing)
-    dx_TD, dgates_TK = combine(dx_PD, routing, expert_ids_TK.shape, None, partial_PN)
+    dx_TD, dgates_TK = combine(dx_PD, routing, (expert_ids_TK.shape[0], expert_ids_TK.shape[1]), None, partial_PN)
     assert dgates_TK is not None
     return dx_TD, dgates_TK.to(gates_TK.dtype), work
 
@@ -131,6 +131,6 @@ def backward(
         new = WeightGrads(dw_in_EDH, dw_out_EFD)
     dx_PD = products.rows(dh_PH, weights.w_in_EDH.transpose(1, 2), routing)
     del dh_PH  # Its last use, and the peak: gone before there is a dx.
-    dx_TD, dgates_TK = combine(dx_PD, routing, expert_ids_TK.shape, None, partial_PN)
+    dx_TD, dgates_TK = combine(dx_PD, routing, (expert_ids_TK.shape[0], expert_ids_TK.shape[1]), None, partial_PN)
     assert dgates_TK is not None
     return dx_TD, dgates_TK.to(gates_TK.dtype), new

@@ -180,7 +180,9 @@ def backward_rows(
     if not rows:
         return None, torch.zeros_like(gates_TK), work
     dx_PD = _dx(dh_PH, x_TD, weights, routing.bound_B)
-    dx_TD, dgates_TK = combine(dx_PD, routing, expert_ids_TK.shape, None, dgate_P.unsqueeze(1))
+    dx_TD, dgates_TK = combine(
+        dx_PD, routing, (expert_ids_TK.shape[0], expert_ids_TK.shape[1]), None, dgate_P.unsqueeze(1)
+    )
     assert dgates_TK is not None
     return dx_TD, dgates_TK.to(gates_TK.dtype), work
 
@@ -214,6 +216,8 @@ def backward(
     new = None if dw_in_EDH is None or dw_out_EFD is None else WeightGrads(dw_in_EDH, dw_out_EFD)
     dx_PD = _dx(dh_PH, x_TD, weights, routing.bound_B)
     del dh_PH  # Its last use, and the peak: gone before there is a dx.
-    dx_TD, dgates_TK = combine(dx_PD, routing, expert_ids_TK.shape, None, dgate_P.unsqueeze(1))
+    dx_TD, dgates_TK = combine(
+        dx_PD, routing, (expert_ids_TK.shape[0], expert_ids_TK.shape[1]), None, dgate_P.unsqueeze(1)
+    )
     assert dgates_TK is not None
     return dx_TD, dgates_TK.to(gates_TK.dtype), new

@@ -1,8 +1,7 @@
 """Backward of one layer: to the peers that ran forward, or, with the inputs, to other replicas.
 
-A gradient counts once, whatever happens on the way: a peer counts a call's gradient once however often it is sent; and
-a peer that was sent one whose answer was not used (late, lost, overtaken) is told with the step's commit to void it,
-before its experts step.
+A gradient counts once, whatever happens on the way: the step's commit names the calls whose answers were used, and no
+other counts (late, lost, overtaken, sent twice).
 
 T tokens, D model width, R rows of one call, P pairs of one call.
 """
@@ -25,7 +24,7 @@ from moe_net.rpc.base import CallError, CallFailure, Failed
 from moe_net.rpc.caller import Caller
 from moe_net.rpc.forward import Answered, Tried
 from moe_net.rpc.hedge import race
-from moe_net.rpc.ledger import Ledger
+from moe_net.rpc.ledger import Ledger, Used
 from moe_net.rpc.outlook import CallKind
 from moe_net.rpc.patience import Patience
 from moe_net.rpc.plan import Shipment, add_rows, ship
@@ -63,7 +62,9 @@ class BackwardPass:
         for one, part in zip(answered, parts, strict=True):
             stats.lost_gradient_pairs += int(one.ran_P.sum()) - sum(int(reply.of.ran_P.sum()) for reply in part)
             for reply in part:
-                self._ledger.used(reply.of.peer.peer_id, reply.of.call.call_id)
+                first = int(reply.of.shipment.token_R[0]) if reply.of.shipment.token_R.numel() else 0
+                used = Used(order=(reply.of.serial, first), pairs=int(reply.of.ran_P.sum()))
+                self._ledger.used(reply.of.peer, reply.of.call.call_id, used)
                 add_rows(dx_TD, reply.of.shipment.token_R, reply.answer.dx_RD)
                 dgate[reply.of.shipment.pair_P] = torch.where(reply.of.ran_P, reply.answer.gate_grad_P, 0.0)
                 for expert, version in reply.answer.versions.items():
@@ -108,7 +109,6 @@ class BackwardPass:
         )  # fmt: skip
         timeout_s = self._caller.outlook.late_after_s(one.peer.peer_id, CallKind.BACKWARD, rows)
         timeout_s = max(0.001, min(timeout_s, self._deadline_s - self._caller.now_s()))
-        self._ledger.sent(one.peer, one.call.call_id)
         answer = await self._caller.backward(one.peer, call, timeout_s=timeout_s, hedge=hedge)
         if isinstance(answer, Failed):
             return answer
@@ -155,7 +155,14 @@ class BackwardPass:
         )
         call = replace(one.call, call_id=secrets.token_bytes(16), rows=shipment.rows)
         ran_P = torch.ones(shipment.pair_P.shape, dtype=torch.bool)
-        return Answered(call=call, peer=view.peers[shipment.peer_id], shipment=shipment, ran_P=ran_P, versions={})
+        return Answered(
+            call=call,
+            peer=view.peers[shipment.peer_id],
+            shipment=shipment,
+            ran_P=ran_P,
+            versions={},
+            serial=one.serial,
+        )
 
     def _hedge(self, one: Answered, tried: Tried) -> Coroutine[Any, Any, list[_Reply] | Failed] | None:
         others = self._others(one, tried)

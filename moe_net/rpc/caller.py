@@ -39,11 +39,7 @@ class SwarmStats:
     dropped_pairs: int = 0
     """Pairs without an answer in forward."""
     lost_gradient_pairs: int = 0
-    """Pairs that ran forward but whose gradient could not be delivered."""
-    voided_calls: int = 0
-    """Gradients that peers took out again, because another replica had them."""
-    void_failures: int = 0
-    """Gradients that they could not take out any more: these counted twice."""
+    """Pairs that ran forward but whose gradient could not be delivered, or did not count."""
     staleness_sum: int = 0
     """Steps an expert made between a call's forward and its backward, summed over calls and experts."""
     staleness_max: int = 0
@@ -100,8 +96,6 @@ class Caller:
         answer = await self._ask(self._transport.commit(peer, call, timeout_s=timeout_s), started_s)
         if not isinstance(answer, Failed):
             self.outlook.answered(peer.peer_id, CallKind.COMMIT, 1, self.now_s() - started_s)
-            self.stats.voided_calls += answer.voided
-            self.stats.void_failures += answer.void_failed
         return answer
 
     async def ping(self, peer: PeerInfo, *, timeout_s: float) -> bool:

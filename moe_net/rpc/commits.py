@@ -16,11 +16,12 @@ from moe_net.placement.health import ProbeFailed
 from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure, Failed
 from moe_net.rpc.caller import Caller
-from moe_net.rpc.ledger import Ledger
+from moe_net.rpc.ledger import Ledger, Owed
 from moe_net.rpc.outlook import CallKind
 from moe_net.rpc.policy import CallPolicy, Move, after_commit, pause_s
 from moe_net.trace import FaultEvent
 from moe_net.types import PeerInfo
+from moe_net.wire.messages import CommitAnswer
 
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -121,17 +122,18 @@ class Commits:
         """The commits that the peer has not heard of, in order; whether it knows all now."""
         deadline_s = self._caller.now_s() + self._policy.commit_timeout_s
         outlook, attempt, began_s = self._caller.outlook, 0, self._caller.now_s()
-        while (commit := self._ledger.next_commit(peer.peer_id)) is not None:
+        while (owed := self._ledger.next_commit(peer.peer_id)) is not None:
             attempt += 1
             self._caller.stats.retries += attempt > 1
             timeout_s = min(outlook.late_after_s(peer.peer_id, CallKind.COMMIT, 1), deadline_s - self._caller.now_s())
-            answer = await self._caller.commit(peer, commit, timeout_s=max(0.001, timeout_s))
+            answer = await self._caller.commit(peer, owed.commit, timeout_s=max(0.001, timeout_s))
             if not isinstance(answer, Failed):
-                self._ledger.heard(peer.peer_id, commit)
+                self._ledger.heard(peer.peer_id, owed)
+                self._note_lost(peer, owed, answer)
                 attempt, began_s = 0, self._caller.now_s()
                 continue
             if answer.error.failure is CallFailure.REFUSED:
-                self._ledger.heard(peer.peer_id, commit)  # It would be refused again for ever.
+                self._ledger.heard(peer.peer_id, owed)  # It would be refused again for ever.
             outlook.blame(peer, CallKind.COMMIT, 1, answer)
             left_s = deadline_s - self._caller.now_s()
             busy_s = self._caller.now_s() - began_s
@@ -153,6 +155,12 @@ class Commits:
             queue_s = answer.error.queue_s
             await self._sleep(pause_s(attempt=attempt, left_s=left_s, policy=self._policy, queue_s=queue_s))
         return True
+
+    def _note_lost(self, peer: PeerInfo, owed: Owed, answer: CommitAnswer) -> None:
+        for what, pairs in zip(("gradient_gone", "gradient_not_finite"), owed.lost_pairs(answer), strict=True):
+            if pairs:
+                self._caller.stats.lost_gradient_pairs += pairs
+                self._caller.outlook.event(FaultEvent(what=what, peer=peer.peer_id, pairs=pairs, action="left_out"))
 
     async def _recover(self, peer_id: str) -> None:
         try:

@@ -43,6 +43,8 @@ class Answered:
     """bool: the pairs whose expert ran."""
     versions: dict[int, int]
     """Expert index -> optimizer steps it had made."""
+    serial: int = 0
+    """Of the forward pass that it belongs to, counted by its swarm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,7 +70,7 @@ class ForwardPass:
 
     def __init__(
         self, caller: Caller, view: Callable[[], View], *, salt: str, layer: int, x_TD: Tensor, expert_ids_TK: Tensor,
-        gates_TK: Tensor, step: int, train: bool, turn: int | None = None,
+        gates_TK: Tensor, step: int, train: bool, serial: int, turn: int | None = None,
     ) -> None:  # fmt: skip
         """`view`: the peers that may be called just now. `turn`: share the tokens out among equal replicas, beginning
         with the replica of that number; None: ask the favourites."""
@@ -81,6 +83,7 @@ class ForwardPass:
         self._gates_TK = gates_TK
         self._step = step
         self._train = train
+        self._serial = serial
         self._turn = turn
         self._deadline_s = caller.now_s() + caller.outlook.policy.forward_timeout_s
         self._patience = Patience(caller.outlook, CallKind.FORWARD)
@@ -190,7 +193,9 @@ class ForwardPass:
 
     def _reply(self, call: ForwardCall, peer: PeerInfo, shipment: Shipment, answer: ForwardAnswer) -> _Reply:
         ran_P = answered_pairs(shipment, answer.failed_experts)
-        kept = Answered(call=call, peer=peer, shipment=shipment, ran_P=ran_P, versions=answer.versions)
+        kept = Answered(
+            call=call, peer=peer, shipment=shipment, ran_P=ran_P, versions=answer.versions, serial=self._serial
+        )
         return _Reply(kept=kept, y_RD=answer.y_RD)
 
     def _hedge(

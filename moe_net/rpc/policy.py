@@ -82,9 +82,8 @@ def after_forward(
 def after_backward(
     failure: CallFailure, *, attempt: int, left_s: float, policy: CallPolicy, replica: bool, usable: bool
 ) -> Move:
-    """Backward stays with the peer that ran forward while that can answer: it has the inputs, and its book knows
-    whether the gradient counted already. Another replica (`replica`) is given the inputs and takes over; the first one
-    is told to void the call with the step's commit, so that the gradient counts once wherever it arrived.
+    """Backward stays with the peer that ran forward while that can answer: it has the inputs. Another replica
+    (`replica`) is given the inputs and takes over; the step's commit says whose answer counts.
     """
     if left_s <= 0 or failure is CallFailure.STALE_STEP:
         return Move.GIVE_UP

@@ -72,6 +72,7 @@ class ExpertSwarm:
         # Without the suffix: the same trainer prefers the same replicas, run after run.
         self._salt = trainer
         self._spread = itertools.count() if spread else None
+        self._passes = itertools.count()
         self._transport = transport
         self._clock_s = clock_s
         self._on_event = on_event
@@ -114,7 +115,7 @@ class ExpertSwarm:
         _require_finite(x_TD, f"activations before the experts of layer {layer}")
         work = ForwardPass(
             self._caller, self.view, salt=self._salt, layer=layer, x_TD=x_TD, expert_ids_TK=expert_ids_TK,
-            gates_TK=gates_TK, step=step, train=train,
+            gates_TK=gates_TK, step=step, train=train, serial=next(self._passes),
             turn=None if self._spread is None else next(self._spread),
         )  # fmt: skip
         return await work.run()
@@ -129,7 +130,7 @@ class ExpertSwarm:
         return await work.run(answered, n_pairs)
 
     async def commit(self, step: int, tokens: int) -> None:
-        """Tell every peer that this step's gradients are complete. Returns when those that answer have answered.
+        """Tell every peer which calls of this step count. Returns when those that answer have answered.
 
         Commits reach a peer in order: one that it missed is said again before the next, so that its experts
         never divide a step's gradients by another step's tokens.

@@ -51,9 +51,8 @@ BACKWARD_X_DATA = 14
 LAST_DATA = 15
 FETCHED = 1
 
-MAX_VOIDS = 4096
-"""Of a commit: a quarter of the calls that a trainer may have open at a host (`CallBook`). Who got no answer to so many
-of one step has long sent no more there."""
+MAX_CALLS = 8192
+"""That a commit names: 32 layers, 8 micro-batches and 32 calls each."""
 
 
 def _number(encoding: Encoding) -> tensor_pb2.Encoding.ValueType:
@@ -151,7 +150,6 @@ def backward_answer_parts(answer: BackwardAnswer, matrices: Matrices = ON_CPU) -
     ran = sorted(answer.versions)
     header = expert_pb2.BackwardReply(
         dx=_matrix(answer.dx_RD, answer.encoding),
-        repeated_call=answer.repeated,
         expert_index=ran,
         version=[answer.versions[index] for index in ran],
         timing=_timing(answer.queue_us, answer.compute_us),
@@ -163,7 +161,7 @@ def backward_answer_parts(answer: BackwardAnswer, matrices: Matrices = ON_CPU) -
 def encode_commit_call(call: CommitCall) -> bytes:
     """A CommitRequest."""
     return expert_pb2.CommitRequest(
-        trainer=call.trainer, step=call.step, tokens=call.tokens, void_call_id=call.void
+        trainer=call.trainer, step=call.step, tokens=call.tokens, call_id=call.calls
     ).SerializeToString()
 
 
@@ -171,7 +169,7 @@ def encode_commit_answer(answer: CommitAnswer) -> bytes:
     """A CommitReply."""
     return expert_pb2.CommitReply(
         repeated_call=answer.repeated, stepped=answer.stepped, committed_tokens=answer.committed_tokens,
-        voided=answer.voided, void_failed=answer.void_failed,
+        missing_call_id=answer.missing, not_finite_call_id=answer.not_finite,
     ).SerializeToString()  # fmt: skip
 
 
@@ -298,7 +296,6 @@ def decode_backward_answer(data: bytes | memoryview, limits: Limits) -> Backward
     return BackwardAnswer(
         dx_RD=_read_matrix(dx, views[LAST_DATA], "dx", encoding),
         gate_grad_P=_read_floats(views[GATE_GRAD], "gate_grad"),
-        repeated=message.repeated_call,
         versions=versions,
         queue_us=message.timing.queue_us,
         compute_us=message.timing.compute_us,
@@ -310,13 +307,18 @@ def decode_commit_call(data: bytes | memoryview, limits: Limits | None = None) -
     """A CommitRequest."""
     message, _ = take_apart(expert_pb2.CommitRequest, data, limits or Limits(), arrays=(), tensors=())
     check_trainer(message.trainer)
-    if len(message.void_call_id) > MAX_VOIDS:
-        raise LimitError(f"void_call_id: {len(message.void_call_id)}, the limit is {MAX_VOIDS}")
-    for call_id in message.void_call_id:
-        check_call_id(call_id)
     return CommitCall(
-        trainer=message.trainer, step=message.step, tokens=message.tokens, void=tuple(message.void_call_id)
-    )
+        trainer=message.trainer, step=message.step, tokens=message.tokens,
+        calls=_call_ids("call_id", message.call_id),
+    )  # fmt: skip
+
+
+def _call_ids(name: str, call_ids: Sequence[bytes]) -> tuple[bytes, ...]:
+    if len(call_ids) > MAX_CALLS:
+        raise LimitError(f"{name}: {len(call_ids)}, the limit is {MAX_CALLS}")
+    for call_id in call_ids:
+        check_call_id(call_id)
+    return tuple(call_ids)
 
 
 def encode_share_call(call: ShareCall) -> bytes:
@@ -364,5 +366,6 @@ def decode_commit_answer(data: bytes | memoryview, limits: Limits | None = None)
     message, _ = take_apart(expert_pb2.CommitReply, data, limits or Limits(), arrays=(), tensors=())
     return CommitAnswer(
         repeated=message.repeated_call, stepped=message.stepped, committed_tokens=message.committed_tokens,
-        voided=message.voided, void_failed=message.void_failed,
+        missing=_call_ids("missing_call_id", message.missing_call_id),
+        not_finite=_call_ids("not_finite_call_id", message.not_finite_call_id),
     )  # fmt: skip

@@ -74,8 +74,6 @@ class BackwardAnswer:
     dx_RD: Tensor
     gate_grad_P: Tensor
     """fp32, <grad_r, expert(x_r)> of each pair of the ForwardCall; 0 where the expert did not run."""
-    repeated: bool = False
-    """The gradients of this call had been applied before; nothing was added now."""
     versions: dict[int, int] = field(default_factory=dict[int, int])
     queue_us: int = 0
     compute_us: int = 0
@@ -87,8 +85,8 @@ class CommitCall:
     trainer: str
     step: int
     tokens: int
-    void: tuple[bytes, ...] = ()
-    """Call ids whose gradient went to another replica: here it must not count, even if it was added already."""
+    calls: tuple[bytes, ...] = ()
+    """The calls of this step whose answers the trainer used: these count, everything else of the step is forgotten."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +97,7 @@ class CommitAnswer:
     """The experts made an optimizer step."""
     committed_tokens: int
     """Towards the next step."""
-    voided: int = 0
-    """Of the call's `void`: had been added, and are taken out again."""
-    void_failed: int = 0
-    """Of the call's `void`: had been added, and cannot be taken out any more."""
+    missing: tuple[bytes, ...] = ()
+    """Of the call's `calls`: not here, or no more; they do not count."""
+    not_finite: tuple[bytes, ...] = ()
+    """Of the call's `calls`: left out, because their gradients would spoil everybody's."""

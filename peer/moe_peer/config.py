@@ -56,14 +56,10 @@ class ServeConfig:
     """Where the experts run: cpu, cuda or cuda:1. By default the first CUDA device, or the CPU where there is none."""
     threads: int | None = None
     """Threads for tensor work; by default as many as cores, or as a container's quota has processors."""
-    cache_mib: int | None = None
-    """Memory for the inputs of calls whose backward has not come yet. By default 256, or where memory is scarce (as in
-    a container) less: the four together take a quarter of what is available at most."""
-    reply_mib: int | None = None
-    """Memory for answers that a retry may ask for; by default 64 or less."""
-    journal_mib: int | None = None
-    """Memory for the calls behind the experts' gradient sums, so that one that went to another replica is taken out; by
-    default 256 or less."""
+    stage_mib: int | None = None
+    """Memory for calls between their forward and their trainer's commit. By default 576, or where memory is scarce (as
+    in a container) less: with the queue it takes a quarter of what is available at most. A backward for which there is
+    no room is refused."""
     max_batch_rows: int = 2048
     """Rows that run together."""
     max_queue_rows: int = 65_536
@@ -107,9 +103,8 @@ class ServeConfig:
         _check_threads(self.threads)
         if not all(map(math.isfinite, (self.exchange_every_s, self.grace_s))):
             raise ValueError("exchange_every_s and grace_s must be numbers of seconds")
-        caches_mib = (self.cache_mib or 0, self.reply_mib or 0, self.journal_mib or 0)
-        if min(*caches_mib, self.exchange_every_s, self.grace_s) < 0:
-            raise ValueError("cache_mib, reply_mib, journal_mib, exchange_every_s and grace_s must not be negative")
+        if min(self.stage_mib or 0, self.exchange_every_s, self.grace_s) < 0:
+            raise ValueError("stage_mib, exchange_every_s and grace_s must not be negative")
 
     def dht_multiaddr(self, listen: str) -> str:
         """Where the DHT node listens beside a gRPC server at `listen`; ValueError when that does not follow from it."""

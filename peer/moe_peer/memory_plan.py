@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from moe_peer.config import ServeConfig
 
 MIB = 2**20
-CACHE_MIB, REPLY_MIB, JOURNAL_MIB, QUEUE_MIB = 256, 64, 256, 256
-"""What caches and queue get where memory is plentiful: more brings nothing."""
+STAGE_MIB, QUEUE_MIB = 576, 256
+"""What staged calls and the queue get where memory is plentiful: more brings nothing."""
 SCARCE_BYTES = 4 * 2**30
 """Available memory below which what is kept or taken in advance to be fast is missing elsewhere."""
 QUEUE_FACTOR = 4
@@ -33,9 +33,8 @@ class MemoryPlan:
     n_experts: int
     """Experts to host: as many as asked for, or as fit."""
     fitting_experts: int
-    cache_bytes: int
-    reply_bytes: int
-    journal_bytes: int
+    stage_bytes: int
+    """See `experts.staging`."""
     queue_bytes: int
     at_once_bytes: int
     """See `experts.bank.AT_ONCE_BYTES`."""
@@ -44,8 +43,8 @@ class MemoryPlan:
 
     @property
     def caches_bytes(self) -> int:
-        """What caches and queue take together at the most."""
-        return _taken(self.cache_bytes, self.reply_bytes, self.journal_bytes, self.queue_bytes)
+        """What staged calls and queue take together at the most."""
+        return _taken(self.stage_bytes, self.queue_bytes)
 
 
 def plan_memory(config: ServeConfig, *, available_bytes: int, expert_bytes: int, n_asked: int | None) -> MemoryPlan:
@@ -53,14 +52,14 @@ def plan_memory(config: ServeConfig, *, available_bytes: int, expert_bytes: int,
 
     ValueError when none fits, or when those asked for alone take more than there is.
     """
-    usual_mib = (CACHE_MIB, REPLY_MIB, JOURNAL_MIB, QUEUE_MIB)
+    usual_mib = (STAGE_MIB, QUEUE_MIB)
     scale = min(1.0, CACHES_SHARE * available_bytes / (_taken(*usual_mib) * MIB))
-    options_mib = (config.cache_mib, config.reply_mib, config.journal_mib, config.max_queue_mib)
-    cache, reply, journal, queue = (
+    options_mib = (config.stage_mib, config.max_queue_mib)
+    stage, queue = (
         int(usual * scale * MIB) if option is None else option * MIB
         for option, usual in zip(options_mib, usual_mib, strict=True)
     )
-    caches_bytes = _taken(cache, reply, journal, queue)
+    caches_bytes = _taken(stage, queue)
     rest_bytes = max(0, available_bytes - caches_bytes)
     sparing = available_bytes < SCARCE_BYTES
     fitting = int((SCARCE_EXPERTS_SHARE if sparing else EXPERTS_SHARE) * rest_bytes) // expert_bytes
@@ -69,7 +68,7 @@ def plan_memory(config: ServeConfig, *, available_bytes: int, expert_bytes: int,
     if n_experts == 0:
         raise ValueError(
             f"no expert fits: {there}, caches take {caches_bytes / MIB:.0f}, and an expert {expert_bytes / MIB:.1f} "
-            "and twice that for its work. Give this peer more memory, or its caches less (--cache-mib, --max-queue-mib)"
+            "and twice that for its work. Give this peer more memory, or its caches less (--stage-mib, --max-queue-mib)"
         )
     if n_experts * expert_bytes > available_bytes:
         raise ValueError(
@@ -79,14 +78,12 @@ def plan_memory(config: ServeConfig, *, available_bytes: int, expert_bytes: int,
     return MemoryPlan(
         n_experts=n_experts,
         fitting_experts=fitting,
-        cache_bytes=cache,
-        reply_bytes=reply,
-        journal_bytes=journal,
+        stage_bytes=stage,
         queue_bytes=queue,
         at_once_bytes=min(max(MIN_AT_ONCE_MIB * MIB, int(AT_ONCE_SHARE * rest_bytes)), AT_ONCE_MIB * MIB),
         sparing=sparing,
     )
 
 
-def _taken(cache: int, reply: int, journal: int, queue: int) -> int:
-    return cache + reply + journal + QUEUE_FACTOR * queue
+def _taken(stage: int, queue: int) -> int:
+    return stage + QUEUE_FACTOR * queue

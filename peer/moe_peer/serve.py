@@ -248,9 +248,7 @@ def _make_host(
     origin = 1 + secrets.randbelow(2**63 - 1)
     host = ExpertHost(
         make_banks(run, experts, device=device, origin=origin, at_once_bytes=plan.at_once_bytes),
-        cache_bytes=plan.cache_bytes,
-        reply_bytes=plan.reply_bytes,
-        journal_bytes=plan.journal_bytes,
+        stage_bytes=plan.stage_bytes,
     )
     if config.load is not None:
         load_experts(host, run, config.load)

@@ -435,6 +435,7 @@ class ExpertServer:
 
     def _describe(self) -> expert_pb2.InfoReply:
         shape = self._host.shape
+        self._host.make_all_due()
         layers = [
             expert_pb2.LayerInfo(layer=layer, expert_index=list(versions), version=list(versions.values()))
             for layer, versions in self._host.versions.items()

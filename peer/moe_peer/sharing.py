@@ -11,9 +11,8 @@ its commits; who has ended a step within those says how many tokens it had after
 larger id goes on from there.
 
 Nobody waits for long: who does not answer soon is left out, and asked again some steps later. Then one side has stepped
-on more than the other; their lineages say so, and their next meeting (gossip.py) mends it. A gradient that was voided
-before the step is out of the sums before these are set apart, so it is in no share. Replicas on a CPU and on a GPU
-round differently, and are equal but for that.
+on more than the other; their lineages say so, and their next meeting (gossip.py) mends it. Replicas on a CPU and on a
+GPU round differently, and are equal but for that.
 """
 
 from __future__ import annotations
@@ -133,6 +132,8 @@ class Sharing:
         self._places = Places("Commit", MAX_WAITING_COMMITS)
         self._making: asyncio.Task[CommitAnswer] | None = None
         """The commit whose turn it is."""
+        self._layers: asyncio.Task[None] | None = None
+        """Makes the steps of layers that are due."""
         self._batch = b""
         self._share: Share | None = None
         self._pending: dict[int, int] = {}
@@ -184,8 +185,10 @@ class Sharing:
         # Whatever a partner's answer led to: our own sums are set apart, and must be stepped on.
         parts = await asyncio.gather(*asking, return_exceptions=True)
         shares = {peer.peer_id: part for peer, part in zip(asked, parts, strict=True) if isinstance(part, Share)}
-        if partners:
+        if shared:
             await self._run(self._host.finish_commit, closed, list(shares.values()))
+        else:
+            self._begin_making()
         first = min(shares, default=self._peer_id)
         if first < self._peer_id and (there := shares[first].committed_tokens) is not None:
             log.info("steps end at other commits at %s: going on from its %d tokens", first, there)
@@ -199,16 +202,30 @@ class Sharing:
     def _close(
         self, call: CommitCall, shared: Collection[ExpertId]
     ) -> tuple[CommitAnswer, Closed | None, Share | None]:
-        """With nobody to share with, the step is made at once."""
-        answer, closed = self._host.begin_commit(call, detach=bool(shared))
+        """With nobody to share with, the step is made layer by layer while other calls run."""
+        answer, closed = self._host.begin_commit(call)
         if closed is None:
             return answer, None, None
         with ExitStack() as alone:  # also when there is no share to be had: a step that has begun must end
             alone.callback(self._host.finish_commit, closed)
             share = self._host.share(closed, shared)
-            if shared:
-                alone.pop_all()
+            alone.pop_all()
+        if not shared:
+            self._host.defer(closed)
         return answer, closed, share
+
+    def _begin_making(self) -> None:
+        """The steps of layers that are due, one after another: calls that come meanwhile go in between."""
+        if self._layers is None or self._layers.done():
+            self._layers = asyncio.create_task(self._make_due(), name="steps of layers")
+
+    async def _make_due(self) -> None:
+        more = True
+        while more:
+            try:
+                more = await self._run(self._host.make_next)
+            except RuntimeError:  # of the device; that layer's step is over, and the others' come
+                log.exception("a layer's step failed")
 
     def _replicas(self) -> Sequence[PeerInfo]:
         if self._ask is None:
@@ -337,7 +354,8 @@ class Sharing:
     async def close(self) -> None:
         """Finish what has begun."""
         async with self._turn:
-            pass
+            if self._layers is not None:
+                await self._layers
 
 
 @dataclass(slots=True, eq=False)

@@ -319,15 +319,12 @@ class BackwardReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DX_FIELD_NUMBER: _builtins.int
-    REPEATED_CALL_FIELD_NUMBER: _builtins.int
     EXPERT_INDEX_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
     PADDING_FIELD_NUMBER: _builtins.int
     GATE_GRAD_FIELD_NUMBER: _builtins.int
     DX_DATA_FIELD_NUMBER: _builtins.int
-    repeated_call: _builtins.bool
-    """had been applied before; nothing was added now"""
     padding: _builtins.bytes
     dx_data: _builtins.bytes
     @_builtins.property
@@ -348,7 +345,6 @@ class BackwardReply(_message.Message):
         self,
         *,
         dx: _tensor_pb2.Matrix | None = ...,
-        repeated_call: _builtins.bool = ...,
         expert_index: _abc.Iterable[_builtins.int] | None = ...,
         version: _abc.Iterable[_builtins.int] | None = ...,
         timing: Global___Timing | None = ...,
@@ -358,7 +354,7 @@ class BackwardReply(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dx", b"dx", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dx", b"dx", "dx_data", b"dx_data", "expert_index", b"expert_index", "gate_grad", b"gate_grad", "padding", b"padding", "repeated_call", b"repeated_call", "timing", b"timing", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dx", b"dx", "dx_data", b"dx_data", "expert_index", b"expert_index", "gate_grad", b"gate_grad", "padding", b"padding", "timing", b"timing", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -397,14 +393,14 @@ class CommitRequest(_message.Message):
     TRAINER_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
-    VOID_CALL_ID_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
     trainer: _builtins.str
     step: _builtins.int
     tokens: _builtins.int
     @_builtins.property
-    def void_call_id(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Calls of this step whose gradient went to another replica, because it was not known here in time whether it had
-        been added: take it out if it was, and do not add it if it comes yet. 16 bytes each, at most 4096 of them.
+    def call_id(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The calls to this peer whose Backward's answers the trainer used. These count; everything else of the trainer up to
+        this step is forgotten. 16 bytes each, at most 16384 of them.
         """
 
     def __init__(
@@ -413,11 +409,11 @@ class CommitRequest(_message.Message):
         trainer: _builtins.str = ...,
         step: _builtins.int = ...,
         tokens: _builtins.int = ...,
-        void_call_id: _abc.Iterable[_builtins.bytes] | None = ...,
+        call_id: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "tokens", b"tokens", "trainer", b"trainer", "void_call_id", b"void_call_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "step", b"step", "tokens", b"tokens", "trainer", b"trainer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -430,30 +426,34 @@ class CommitReply(_message.Message):
     REPEATED_CALL_FIELD_NUMBER: _builtins.int
     STEPPED_FIELD_NUMBER: _builtins.int
     COMMITTED_TOKENS_FIELD_NUMBER: _builtins.int
-    VOIDED_FIELD_NUMBER: _builtins.int
-    VOID_FAILED_FIELD_NUMBER: _builtins.int
+    MISSING_CALL_ID_FIELD_NUMBER: _builtins.int
+    NOT_FINITE_CALL_ID_FIELD_NUMBER: _builtins.int
     repeated_call: _builtins.bool
     """this (trainer, step) was committed before"""
     stepped: _builtins.bool
-    """the experts made a step"""
+    """that was the batch: the experts make their step"""
     committed_tokens: _builtins.int
     """towards the next one"""
-    voided: _builtins.int
-    """of void_call_id: had been added here, and are taken out again"""
-    void_failed: _builtins.int
-    """of void_call_id: had been added, and can't be taken out any more"""
+    @_builtins.property
+    def missing_call_id(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """of call_id: not here, or no more; they do not count"""
+
+    @_builtins.property
+    def not_finite_call_id(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """of call_id: left out, their gradients would spoil everybody's"""
+
     def __init__(
         self,
         *,
         repeated_call: _builtins.bool = ...,
         stepped: _builtins.bool = ...,
         committed_tokens: _builtins.int = ...,
-        voided: _builtins.int = ...,
-        void_failed: _builtins.int = ...,
+        missing_call_id: _abc.Iterable[_builtins.bytes] | None = ...,
+        not_finite_call_id: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_tokens", b"committed_tokens", "repeated_call", b"repeated_call", "stepped", b"stepped", "void_failed", b"void_failed", "voided", b"voided"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_tokens", b"committed_tokens", "missing_call_id", b"missing_call_id", "not_finite_call_id", b"not_finite_call_id", "repeated_call", b"repeated_call", "stepped", b"stepped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -538,7 +538,7 @@ Global___LayerExperts: _TypeAlias = LayerExperts  # noqa: Y015
 class ShareRequest(_message.Message):
     """The answer's chunks, joined, are one safetensors file: int64 `origin` (see lineage) and `clock` (steps of the run, with
     this one), and of each expert that has sums `{layer}.{index}.rows`, int64 [2] (of this step, and the origin's before
-    it), and the sums `g_in` and `g_out`. Of 0 rows are those that only make up for a gradient voided after its step.
+    it), and the sums `g_in` and `g_out`.
     Or, when steps end at other commits there: no expert, and int64 `committed`, how many tokens were committed towards the
     next step after the last `commit`.
     """

@@ -112,7 +112,8 @@ class ExpertServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Backward(self, request, context):
-        """Gradients of an earlier Forward. FAILED_PRECONDITION: the inputs are gone, send them along.
+        """Gradients of an earlier Forward; they count once a Commit names the call, and not before. FAILED_PRECONDITION: the
+        inputs are gone, send them along.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,7 +127,7 @@ class ExpertServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Commit(self, request, context):
-        """The gradients of a trainer's step are complete.
+        """The calls of a trainer's step that count, and how many tokens they are of.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,11 +43,13 @@ class ExpertServiceStub:
     ForwardInPieces: _grpc.StreamStreamMultiCallable[_expert_pb2.Piece, _expert_pb2.Piece]
     """A ForwardRequest and its ForwardReply, each as the pieces of its bytes: faster for large ones."""
     Backward: _grpc.UnaryUnaryMultiCallable[_expert_pb2.BackwardRequest, _expert_pb2.BackwardReply]
-    """Gradients of an earlier Forward. FAILED_PRECONDITION: the inputs are gone, send them along."""
+    """Gradients of an earlier Forward; they count once a Commit names the call, and not before. FAILED_PRECONDITION: the
+    inputs are gone, send them along.
+    """
     BackwardInPieces: _grpc.StreamStreamMultiCallable[_expert_pb2.Piece, _expert_pb2.Piece]
     """A BackwardRequest and its BackwardReply in pieces."""
     Commit: _grpc.UnaryUnaryMultiCallable[_expert_pb2.CommitRequest, _expert_pb2.CommitReply]
-    """The gradients of a trainer's step are complete."""
+    """The calls of a trainer's step that count, and how many tokens they are of."""
     Fetch: _grpc.UnaryStreamMultiCallable[_expert_pb2.FetchRequest, _expert_pb2.FetchChunk]
     """Whole state of experts (weights, optimizer, version), for checkpoints and joining replicas."""
     Exchange: _grpc.StreamStreamMultiCallable[_expert_pb2.ExchangeChunk, _expert_pb2.ExchangeChunk]
@@ -72,11 +74,13 @@ class ExpertServiceAsyncStub(ExpertServiceStub):
     ForwardInPieces: _aio.StreamStreamMultiCallable[_expert_pb2.Piece, _expert_pb2.Piece]  # type: ignore[assignment]
     """A ForwardRequest and its ForwardReply, each as the pieces of its bytes: faster for large ones."""
     Backward: _aio.UnaryUnaryMultiCallable[_expert_pb2.BackwardRequest, _expert_pb2.BackwardReply]  # type: ignore[assignment]
-    """Gradients of an earlier Forward. FAILED_PRECONDITION: the inputs are gone, send them along."""
+    """Gradients of an earlier Forward; they count once a Commit names the call, and not before. FAILED_PRECONDITION: the
+    inputs are gone, send them along.
+    """
     BackwardInPieces: _aio.StreamStreamMultiCallable[_expert_pb2.Piece, _expert_pb2.Piece]  # type: ignore[assignment]
     """A BackwardRequest and its BackwardReply in pieces."""
     Commit: _aio.UnaryUnaryMultiCallable[_expert_pb2.CommitRequest, _expert_pb2.CommitReply]  # type: ignore[assignment]
-    """The gradients of a trainer's step are complete."""
+    """The calls of a trainer's step that count, and how many tokens they are of."""
     Fetch: _aio.UnaryStreamMultiCallable[_expert_pb2.FetchRequest, _expert_pb2.FetchChunk]  # type: ignore[assignment]
     """Whole state of experts (weights, optimizer, version), for checkpoints and joining replicas."""
     Exchange: _aio.StreamStreamMultiCallable[_expert_pb2.ExchangeChunk, _expert_pb2.ExchangeChunk]  # type: ignore[assignment]
@@ -122,7 +126,9 @@ class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _expert_pb2.BackwardRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_expert_pb2.BackwardReply, _abc.Awaitable[_expert_pb2.BackwardReply]]:
-        """Gradients of an earlier Forward. FAILED_PRECONDITION: the inputs are gone, send them along."""
+        """Gradients of an earlier Forward; they count once a Commit names the call, and not before. FAILED_PRECONDITION: the
+        inputs are gone, send them along.
+        """
 
     @_abc_1.abstractmethod
     def BackwardInPieces(
@@ -138,7 +144,7 @@ class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _expert_pb2.CommitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_expert_pb2.CommitReply, _abc.Awaitable[_expert_pb2.CommitReply]]:
-        """The gradients of a trainer's step are complete."""
+        """The calls of a trainer's step that count, and how many tokens they are of."""
 
     @_abc_1.abstractmethod
     def Fetch(

@@ -6,7 +6,7 @@ H columns of the first projection (2F for SwiGLU: gate then up; F for GELU).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -75,11 +75,15 @@ class BankCall:
     reusable: Reusable | None = None
 
 
+Commit = Sequence[BankCall]
+"""The calls that one commit named, of one layer."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Batch:
     """What the experts of one bank shall step on."""
 
-    calls: Sequence[BankCall]
+    commits: Sequence[Commit]
     base: WeightGrads | None
     """Sums to begin with."""
     rows_E: tuple[int, ...]
@@ -277,21 +281,18 @@ class ExpertBank:
             return None
         return reusable.kernel
 
-    def gradients(self, calls: Sequence[BankCall]) -> WeightGrads | None:
-        """The weights' gradients at the weights of now, summed over the calls in their order: the same bits for the
-        same calls, whatever is left of their backwards. None of no pairs."""
+    def gradients(self, commits: Iterable[Commit]) -> WeightGrads | None:
+        """The weights' gradients at the weights of now: of each commit in one product, these added in their order. The
+        same bits for the same calls, whatever is left of their backwards. None of no pairs."""
         sums: WeightGrads | None = None
-        for group in self._groups(calls):
-            work = [self._work(call) for call in group]
-            new = moe_ffn_weight_grads(work, self._compute)
-            if sums is None:
-                sums = new
-            else:
-                sums = WeightGrads(*(total.float().add_(grad) for total, grad in zip(sums, new, strict=True)))
+        for group in (group for calls in commits for group in self._groups(calls)):
+            new = moe_ffn_weight_grads([self._work(call) for call in group], self._compute)
+            sums = new if sums is None else WeightGrads(*(a.float().add_(b) for a, b in zip(sums, new, strict=True)))
         return sums
 
-    def _groups(self, calls: Sequence[BankCall]) -> Iterator[list[BankCall]]:
-        """The calls, and pieces of calls, that have pairs, by what is made at once. By sizes alone."""
+    def _groups(self, calls: Commit) -> Iterator[list[BankCall]]:
+        """The calls, and pieces of calls, that have pairs, by what is made at once: all of them, unless that is too
+        much. By sizes alone."""
         group: list[BankCall] = []
         n_bytes = 0
         for call in calls:
@@ -322,17 +323,23 @@ class ExpertBank:
         counts = np.bincount(slots_RK.cpu().numpy().reshape(-1) + 1, minlength=len(self.indices) + 1)
         return torch.from_numpy(counts[1:])
 
-    def fold(self, calls: Sequence[BankCall]) -> None:
-        """Make the sums of calls of the next step now, so that their rows need not be kept: what comes is added to
-        them."""
-        self._base = _sum(self._base, self.gradients(calls))
-        for call in calls:
-            self._base_rows_E += self.rows_by_slot(call.slots_RK)
+    def _rows_of(self, commits: Iterable[Commit]) -> Tensor:
+        rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
+        for calls in commits:
+            for call in calls:
+                rows_E += self.rows_by_slot(call.slots_RK)
+        return rows_E
 
-    def close(self, calls: Sequence[BankCall], tokens: int) -> Batch:
+    def fold(self, commits: Sequence[Commit]) -> None:
+        """Make the sums of commits towards the next step now, so that their rows need not be kept: what comes is added
+        to them."""
+        self._base = _sum(self._base, self.gradients(commits))
+        self._base_rows_E += self._rows_of(commits)
+
+    def close(self, commits: Sequence[Commit], tokens: int) -> Batch:
         """A batch that is complete with `tokens`: what the experts shall `step` on."""
-        rows_E = self._base_rows_E + sum(self.rows_by_slot(call.slots_RK) for call in calls)
-        batch = Batch(calls=calls, base=self._base, rows_E=tuple(rows_E.tolist()), tokens=tokens)
+        rows_E = self._base_rows_E + self._rows_of(commits)
+        batch = Batch(commits=commits, base=self._base, rows_E=tuple(rows_E.tolist()), tokens=tokens)
         self._base = None
         self._base_rows_E = torch.zeros_like(self._base_rows_E)
         self._clock += 1
@@ -344,10 +351,10 @@ class ExpertBank:
         if batch.grads is None:
             has_base = [batch.base is not None and any(bool(g[slot].any()) for g in batch.base)
                         for slot in range(len(self.indices))]  # fmt: skip
-            sums = _sum(batch.base, self.gradients(batch.calls))
+            sums = _sum(batch.base, self.gradients(batch.commits))
             batch.grads = sums or WeightGrads(*(torch.zeros_like(w) for w in self._optimizer.w))
             batch.filled_E = tuple(rows > 0 or base for rows, base in zip(batch.rows_E, has_base, strict=True))
-            batch.calls, batch.base = (), None
+            batch.commits, batch.base = (), None
         return batch.grads
 
     def shares(self, batch: Batch, indices: Collection[int]) -> dict[int, ExpertShare]:
@@ -443,12 +450,12 @@ class ExpertBank:
         return dict(zip(STATE_FIELDS[:-1], stacks, strict=True))
 
     def state(
-        self, indices: Sequence[int] | None = None, *, committed: Sequence[BankCall] | None = None
+        self, indices: Sequence[int] | None = None, *, committed: Sequence[Commit] | None = None
     ) -> dict[str, Tensor]:
         """Copies on the CPU by name (see `wire.state`): STATE_FIELDS, and LINEAGE_FIELD; all experts that are not
         broken unless `indices` is given.
 
-        `committed`: the calls towards the next step. While tokens are committed to it, SUM_FIELDS come too, so that
+        `committed`: the commits towards the next step. While tokens are committed to it, SUM_FIELDS come too, so that
         whoever loads the state makes that step as this bank would. KeyError for an index that is not hosted here.
         """
         stacks = self._stacks()

@@ -6,6 +6,7 @@ R rows, D model width, K most experts of any row, P (row, expert) pairs; merged 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -339,7 +340,8 @@ class ExpertHost:
         )
         self._staging.note_answer(call.trainer, answer)
         if closed is None and self._staging.held_bytes > self._staging.limit_bytes // 2:
-            self._fold()
+            for layer in self._banks:
+                self._fold(layer)
         return answer, closed
 
     def _to_count(self, staged: Staged[RoutedRows, Gradient, Reusable]) -> _Committed:
@@ -348,31 +350,36 @@ class ExpertHost:
         call = BankCall(staged.grad.grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, staged.extra)
         return _Committed(call=call, n_bytes=staged.n_bytes)
 
-    def _in_order(self, layer: int) -> list[BankCall]:
-        """The layer's calls that count: in an order that does not depend on when they came."""
-        return [committed.call for _, committed in sorted(self._committed[layer].items(), key=lambda item: item[0])]
+    def _in_order(self, layer: int) -> list[list[BankCall]]:
+        """The layer's calls that count, of each commit, in an order that does not depend on when they came."""
+        in_order = sorted(self._committed[layer].items(), key=lambda item: item[0])
+        return [
+            [committed.call for _, committed in of_commit]
+            for _, of_commit in itertools.groupby(in_order, key=lambda item: item[0][:2])
+        ]
 
-    def _take_committed(self) -> tuple[dict[int, list[BankCall]], int]:
-        """The calls of each layer, which are the caller's now, and their bytes."""
-        calls = {layer: self._in_order(layer) for layer in self._banks}
-        held_bytes = sum(one.n_bytes for of_layer in self._committed.values() for one in of_layer.values())
-        for of_layer in self._committed.values():
-            of_layer.clear()
-        return calls, held_bytes
+    def _take_committed(self, layer: int) -> tuple[list[list[BankCall]], int]:
+        """The layer's commits, which are the caller's now, and their bytes."""
+        commits, held_bytes = self._in_order(layer), sum(one.n_bytes for one in self._committed[layer].values())
+        self._committed[layer].clear()
+        return commits, held_bytes
 
-    def _fold(self) -> None:
-        """Sums in the place of rows: a batch larger than what there is room for. What it adds up to depends then on
+    def _fold(self, layer: int) -> None:
+        """Sums in the place of rows: of a batch larger than what there is room for. What it adds up to depends then on
         which commits came first."""
-        self.make_all_due()
-        calls, held_bytes = self._take_committed()
-        for layer, bank in self._banks.items():
-            bank.fold(calls[layer])
+        self._make_due(layer)
+        commits, held_bytes = self._take_committed(layer)
+        self._banks[layer].fold(commits)
         self._staging.let_go(held_bytes)
 
     def _close(self) -> Closed:
         self.make_all_due()
-        calls, held_bytes = self._take_committed()
-        layers = {layer: bank.close(calls[layer], bank.committed_tokens) for layer, bank in self._banks.items()}
+        layers: dict[int, Batch] = {}
+        held_bytes = 0
+        for layer, bank in self._banks.items():
+            commits, n_bytes = self._take_committed(layer)
+            layers[layer] = bank.close(commits, bank.committed_tokens)
+            held_bytes += n_bytes
         self._open.update(layers)
         batch, self._commits = hashlib.sha256(json.dumps(sorted(self._commits)).encode()).digest(), []
         return Closed(batch=batch, layers=layers, held_bytes=held_bytes)
@@ -467,6 +474,7 @@ class ExpertHost:
             mine = {name: value for name, value in state.items() if split_name(name)[0] in hosted}
             if mine:
                 self._make_due(layer)
+                self._fold(layer)  # what was committed before is in their sums, or forgotten with them
                 bank.load_state(mine)
                 loaded += len(experts_in(mine))
         return loaded

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_net.experts.update import StackedAdamW
+from moe_net.kernels.types import WeightGrads
 from moe_net.optim import OptimizerConfig
 
 E, D, H, F = 3, 6, 10, 5
@@ -22,6 +23,10 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 def stacked(config: OptimizerConfig) -> StackedAdamW:
     return StackedAdamW(normal(E, D, H, seed=1), normal(E, F, D, seed=2), config)
+
+
+def sums_of(seed: int) -> WeightGrads:
+    return WeightGrads(normal(E, D, H, seed=seed), normal(E, F, D, seed=seed + 1))
 
 
 class OneExpert:
@@ -55,12 +60,12 @@ def test_fifteen_steps_equal_torch_adamw_per_expert(clip_norm: float, weight_dec
     theirs = [OneExpert(ours.w[0][e], ours.w[1][e], config) for e in range(E)]
     for step in range(15):
         tokens = 7 + step
-        for which, grad in enumerate(ours.grads):
-            grad.add_(normal(*grad.shape, seed=100 * step + which))
+        sums = sums_of(100 * step)
+        for grad in sums:
             grad[1] *= 50  # so that the experts clip by different factors
             grad[2] *= 0  # an expert that no token chose
-        means = [[grad[e] / tokens for grad in ours.grads] for e in range(E)]
-        ours.step(tokens)
+        means = [[grad[e] / tokens for grad in sums] for e in range(E)]
+        ours.step(tokens, sums)
         for e, expert in enumerate(theirs):
             expert.step(means[e], step)
             for weights, parameter in zip(ours.w, expert.parameters, strict=True):
@@ -71,16 +76,9 @@ def test_fifteen_steps_equal_torch_adamw_per_expert(clip_norm: float, weight_dec
 def test_an_expert_without_rows_decays_and_follows_its_momentum() -> None:
     ours = stacked(CONFIG)
     before = ours.w[0].clone()
-    ours.step(1)
+    ours.step(1, WeightGrads(*(torch.zeros_like(w) for w in ours.w)))
     torch.testing.assert_close(ours.w[0], before * (1 - CONFIG.lr_at(0) * CONFIG.weight_decay))
     assert ours.versions == [1] * E
-
-
-def test_gradient_sums_start_again_at_zero() -> None:
-    ours = stacked(CONFIG)
-    ours.grads.w_in_EDH.fill_(1)
-    ours.step(1)
-    assert not any(grad.any() for grad in ours.grads)
 
 
 def test_experts_at_different_versions_get_their_own_rate_and_bias_correction() -> None:
@@ -88,13 +86,9 @@ def test_experts_at_different_versions_get_their_own_rate_and_bias_correction() 
     together.versions = [0, 4, 9]
     for e, one in enumerate(alone):
         one.versions = [together.versions[e]] * E
-        for which, (grad, other) in enumerate(zip(together.grads, one.grads, strict=True)):
-            values = normal(*grad.shape, seed=which)
-            grad.copy_(values)
-            other.copy_(values)
-    together.step(5)
+    together.step(5, sums_of(0))
     for e, one in enumerate(alone):
-        one.step(5)
+        one.step(5, sums_of(0))
         assert torch.equal(together.w[0][e], one.w[0][e])
         assert torch.equal(together.w[1][e], one.w[1][e])
     assert together.versions == [1, 5, 10]
@@ -103,16 +97,13 @@ def test_experts_at_different_versions_get_their_own_rate_and_bias_correction() 
 
 
 def test_company_changes_no_bit_of_an_expert() -> None:
-    grads = (normal(E, D, H, seed=3), normal(E, F, D, seed=4))
+    grads = sums_of(3)
     config = replace(CONFIG, clip_norm=0.1)
     together = stacked(config)
     single = StackedAdamW(together.w[0][1:2].clone(), together.w[1][1:2].clone(), config)
     for _ in range(3):
-        for which in range(2):
-            together.grads[which].copy_(grads[which])
-            single.grads[which].copy_(grads[which][1:2])
-        together.step(2)
-        single.step(2)
+        together.step(2, WeightGrads(*(grad.clone() for grad in grads)))
+        single.step(2, WeightGrads(*(grad[1:2].clone() for grad in grads)))
     assert torch.equal(together.w[0][1], single.w[0][0])
     assert torch.equal(together.w[1][1], single.w[1][0])
 
@@ -123,12 +114,10 @@ def test_an_expert_with_a_gradient_that_is_not_finite_does_not_step(
 ) -> None:
     ours = stacked(CONFIG)
     before = ours.w[0].clone()
-    for grad in ours.grads:
-        grad.fill_(0.5)
-    ours.grads.w_out_EFD[1, 0, 0] = poison
-    ours.step(1)
+    sums = WeightGrads(*(torch.full_like(w, 0.5) for w in ours.w))
+    sums.w_out_EFD[1, 0, 0] = poison
+    ours.step(1, sums)
     assert ours.versions == [1, 0, 1]
     assert torch.equal(ours.w[0][1], before[1])
     assert not torch.equal(ours.w[0][0], before[0])
     assert "slot 1: gradient is not finite, step 0 skipped" in caplog.text
-    assert not ours.grads.w_out_EFD.any()

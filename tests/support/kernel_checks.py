@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -34,7 +35,7 @@ def split_case(case: Case, calls: int) -> list[Case]:
     bounds = [case.x_TD.shape[0] * i * i // (calls * calls) for i in range(calls + 1)]
     return [
         replace(case, x_TD=case.x_TD[a:b], ids_TK=case.ids_TK[a:b], gates_TK=case.gates_TK[a:b], dy_TD=case.dy_TD[a:b])
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in itertools.pairwise(bounds)
     ]
 
 

@@ -69,9 +69,11 @@ class Swarm:
         return share_from_state(state, asked=call.experts, shape=SHAPE)
 
     async def commit(
-        self, *names: str, void: Mapping[str, tuple[bytes, ...]] | None = None, tokens: int = RUN.global_batch_tokens
+        self, *names: str, calls: Mapping[str, tuple[bytes, ...]] | None = None, tokens: int = RUN.global_batch_tokens
     ) -> list[CommitAnswer]:
-        calls = [CommitCall(trainer="t", step=self.step, tokens=tokens, void=(void or {}).get(n, ())) for n in names]
+        """`calls`: those that count, at each of the peers; by default all that are staged there."""
+        named = {name: tuple(self.peers[name].host._staging._calls) for name in names} | dict(calls or {})
+        calls = [CommitCall(trainer="t", step=self.step, tokens=tokens, calls=named[n]) for n in names]
         self.step += 1
         return await asyncio.gather(*(self.peers[n].sharing.commit(c) for n, c in zip(names, calls, strict=True)))
 

@@ -91,15 +91,19 @@ def make_messages(n_rows: int, cols: int, encoding: Encoding, seed: int) -> list
         ForwardAnswer(y_RD=grad_RD, failed_experts=tuple(range(20, 20 + draw.randint(0, 3))), **told),
         BackwardCall(**names, grad_RD=grad_RD),
         BackwardCall(**names, grad_RD=grad_RD, rows=rows),
-        BackwardAnswer(dx_RD=grad_RD, gate_grad_P=rows.gate_P - 0.5, repeated=draw.random() < 0.5, **told),
+        BackwardAnswer(dx_RD=grad_RD, gate_grad_P=rows.gate_P - 0.5, **told),
         CommitCall(
             trainer=names["trainer"],
             step=names["step"],
             tokens=2048,
-            void=tuple(draw.randbytes(16) for _ in range(draw.randint(0, 1))),
+            calls=tuple(draw.randbytes(16) for _ in range(draw.randint(0, 3))),
         ),
         CommitAnswer(
-            repeated=True, stepped=draw.random() < 0.5, committed_tokens=2**40, voided=draw.randint(0, 2), void_failed=3
+            repeated=True,
+            stepped=draw.random() < 0.5,
+            committed_tokens=2**40,
+            missing=tuple(draw.randbytes(16) for _ in range(draw.randint(0, 2))),
+            not_finite=(draw.randbytes(16),),
         ),
     ]
 

@@ -22,7 +22,7 @@ from wire_calls import KINDS, LIMITS, MANY, SMALL, assert_same, block, decode, e
 
 from moe_net.errors import LimitError, WireError
 from moe_net.types import Encoding
-from moe_net.wire.codec import MAX_VOIDS
+from moe_net.wire.codec import MAX_CALLS
 from moe_net.wire.messages import (
     BackwardAnswer,
     BackwardCall,
@@ -84,8 +84,8 @@ MISTAKES: dict[str, tuple[type[Any], bytes, type[WireError], str]] = {
     "long trainer": (ForwardCall, changed(INPUTS, trainer="x" * 129), LimitError, "trainer: a name of 129 bytes"),
     "not UTF-8": (ForwardCall, encode(INPUTS) + b"\x12\x02\xff\xfe", WireError, "trainer: .*UTF-8"),
     "commit not UTF-8": (CommitCall, b"\x0a\x02\xff\xfe", WireError, "trainer: .*UTF-8"),
-    "many voids": (
-        CommitCall, changed(COMMIT, void_call_id=[bytes(16)] * (MAX_VOIDS + 1)), LimitError, "4097, the limit is 4096",
+    "many calls": (
+        CommitCall, changed(COMMIT, call_id=[bytes(16)] * (MAX_CALLS + 1)), LimitError, "8193, the limit is 8192",
     ),
     "zero count": (ForwardCall, changed(INPUTS, experts_per_row=[0, 3]), WireError, "experts_per_row: 0 in row 0"),
     "count limit": (ForwardCall, changed(INPUTS, experts_per_row=[1, 65]), LimitError, "65 in row 1, the limit is 64"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +16,16 @@ from torch import Tensor
 
 from moe_net.errors import BusyError, InputsGoneError, StaleStepError, UnknownExpertError, WireError
 from moe_net.experts.bank import ExpertBank
-from moe_net.experts.callbook import FORGET_AFTER_S, CallBook
 from moe_net.experts.host import ExpertHost
 from moe_net.experts.merging import pad_pairs
+from moe_net.experts.staging import FORGET_AFTER_S, Staging
+from moe_net.kernels.types import Saved
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertShape
 from moe_net.wire.messages import (
     BackwardAnswer,
     BackwardCall,
+    CommitAnswer,
     CommitCall,
     ForwardAnswer,
     ForwardCall,
@@ -42,9 +45,9 @@ def new_bank(layer: int = 0, *, batch_tokens: int = 1000, std: float = 0.5) -> E
     )  # fmt: skip
 
 
-def new_host(*, cache_bytes: int = 1 << 24, reply_bytes: int = 1 << 24, batch_tokens: int = 1000) -> ExpertHost:
+def new_host(*, stage_bytes: int = 1 << 24, batch_tokens: int = 1000) -> ExpertHost:
     banks = {layer: new_bank(layer, batch_tokens=batch_tokens) for layer in (0, 2)}
-    return ExpertHost(banks, cache_bytes=cache_bytes, reply_bytes=reply_bytes)
+    return ExpertHost(banks, stage_bytes=stage_bytes)
 
 
 def rows_of(experts: Sequence[Sequence[int]], seed: int = 0) -> RoutedRows:
@@ -83,10 +86,14 @@ def backward(host: ExpertHost, *calls: BackwardCall) -> list[BackwardAnswer]:
     return [a for a in answers if isinstance(a, BackwardAnswer)]
 
 
+def commit(host: ExpertHost, *calls: ForwardCall | BackwardCall, step: int = 0, tokens: int = 1) -> CommitAnswer:
+    return host.commit(CommitCall(trainer="t", step=step, tokens=tokens, calls=tuple(call.call_id for call in calls)))
+
+
 def grad_sums(host: ExpertHost) -> Tensor:
-    """Every gradient that was added, in one vector."""
-    banks = host._banks.values()
-    return torch.cat([g.flatten() for bank in banks for g in bank._optimizer.grads]).clone()
+    """The gradients of all that was committed towards the next step, in one vector; of layers with none zeros."""
+    state = {n: v for layer in host.versions for n, v in host.fetch(layer, ()).items()}
+    return torch.cat([v.flatten() for n, v in sorted(state.items()) if n.split(".")[2] in ("g_in", "g_out")])
 
 
 def exact(
@@ -121,8 +128,10 @@ MIXED = [[0, 3], [1], [3, 1, 0], [0]]
 @pytest.mark.parametrize("experts", [MIXED, [[0, 1], [1, 3], [3, 0]], [[1]]], ids=["ragged", "top-2", "one"])
 @pytest.mark.parametrize("resend", [False, True])
 def test_values_and_all_gradients_equal_the_experts_written_out(experts: list[list[int]], resend: bool) -> None:
-    host = new_host(cache_bytes=0 if resend else 1 << 24)
+    host = new_host()
     call = forward_call(experts)
+    if resend:
+        call = replace(call, train=False)  # keeps nothing
     back = backward_call(call, resend=resend)
     y_RD, dx_RD, dgate_P, grads = exact(call.rows, back.grad_RD)
     (answer,) = forward(host, call)
@@ -130,11 +139,11 @@ def test_values_and_all_gradients_equal_the_experts_written_out(experts: list[li
     (result,) = backward(host, back)
     torch.testing.assert_close(result.dx_RD, dx_RD)
     torch.testing.assert_close(result.gate_grad_P, dgate_P)
-    assert not result.repeated
-    added = host._banks[0]._optimizer.grads
-    for slot, e in enumerate(HOSTED):
-        torch.testing.assert_close(added.w_in_EDH[slot], grads[f"0.{e}.w_in"])
-        torch.testing.assert_close(added.w_out_EFD[slot], grads[f"0.{e}.w_out"])
+    commit(host, back)
+    state = host.fetch(0, ())
+    for e in HOSTED:
+        torch.testing.assert_close(state[f"0.{e}.g_in"], grads[f"0.{e}.w_in"])
+        torch.testing.assert_close(state[f"0.{e}.g_out"], grads[f"0.{e}.w_out"])
     used = {e for row in experts for e in row}
     assert answer.versions == result.versions == dict.fromkeys(sorted(used), 0)
 
@@ -164,7 +173,9 @@ def test_merged_calls_get_what_they_would_get_alone() -> None:
     for one, merged in zip([backward(alone, b)[0] for b in backs], backward(together, *backs), strict=True):
         torch.testing.assert_close(merged.dx_RD, one.dx_RD)
         torch.testing.assert_close(merged.gate_grad_P, one.gate_grad_P)
-    torch.testing.assert_close(grad_sums(together), grad_sums(alone))
+    commit(alone, *backs)
+    commit(together, *backs)
+    assert torch.equal(grad_sums(together), grad_sums(alone))
 
 
 def test_one_bad_call_does_not_hurt_those_merged_with_it() -> None:
@@ -184,7 +195,9 @@ def test_one_bad_call_does_not_hurt_those_merged_with_it() -> None:
     assert [type(r) for r in results] == [InputsGoneError, BackwardAnswer, StaleStepError, BackwardAnswer]
     forward(alone, *good)
     backward(alone, *backs)
-    torch.testing.assert_close(grad_sums(host), grad_sums(alone))
+    for each in (host, alone):
+        assert commit(each, *backs).missing == ()
+    assert torch.equal(grad_sums(host), grad_sums(alone))
 
 
 def test_equal_call_ids_within_one_batch_run_once() -> None:
@@ -194,54 +207,115 @@ def test_equal_call_ids_within_one_batch_run_once() -> None:
     assert torch.equal(first.y_RD, second.y_RD)
     back = backward_call(call)
     one, two = backward(host, back, back)
-    assert (one.repeated, two.repeated) == (False, True)
     assert torch.equal(one.dx_RD, two.dx_RD)
     forward(once, call)
     backward(once, back)
+    for each in (host, once):
+        commit(each, back)
     assert torch.equal(grad_sums(host), grad_sums(once))
     other = replace(call, trainer="u")
     assert isinstance(new_host().forward_many([call, other])[1], WireError)
 
 
-@pytest.mark.parametrize("reply_bytes", [1 << 24, 0])
-def test_a_retry_gets_the_same_answer_whether_or_not_it_is_still_there(reply_bytes: int) -> None:
-    host = new_host(reply_bytes=reply_bytes)
+@pytest.mark.parametrize("resend", [False, True])
+def test_a_retry_gets_the_same_answer_and_counts_once(resend: bool) -> None:
+    host, once = new_host(), new_host()
     call = forward_call(MIXED)
-    forward(host, call)
-    (first,) = backward(host, backward_call(call))
-    added = grad_sums(host)
-    if reply_bytes == 0:
-        assert isinstance(host.backward_many([backward_call(call)])[0], InputsGoneError)
-    (again,) = backward(host, backward_call(call, resend=True))
-    assert again.repeated
-    torch.testing.assert_close(again.dx_RD, first.dx_RD)
-    torch.testing.assert_close(again.gate_grad_P, first.gate_grad_P)
-    assert torch.equal(grad_sums(host), added)
-
-
-def test_new_and_repeated_gradients_in_one_batch_do_not_mix() -> None:
-    host, once = new_host(reply_bytes=0), new_host()
-    old, new = forward_call(MIXED, seed=1), forward_call([[1, 3]], seed=2)
     for each in (host, once):
-        forward(each, old)
-        backward(each, backward_call(old))
-        forward(each, new)
-    repeated, fresh = backward(host, backward_call(old, resend=True), backward_call(new))
-    assert (repeated.repeated, fresh.repeated) == (True, False)
-    backward(once, backward_call(new))
-    torch.testing.assert_close(grad_sums(host), grad_sums(once))
+        forward(each, call)
+        (first,) = backward(each, backward_call(call))
+    (again,) = backward(host, backward_call(call, resend=resend))
+    assert torch.equal(again.dx_RD, first.dx_RD)
+    assert torch.equal(again.gate_grad_P, first.gate_grad_P)
+    for each in (host, once):
+        commit(each, call)
+    assert torch.equal(grad_sums(host), grad_sums(once))
+
+
+def test_only_calls_that_are_named_count_and_each_once() -> None:
+    host, other = new_host(batch_tokens=1), new_host(batch_tokens=1)
+    used, unused, strange = forward_call(MIXED, seed=1), forward_call([[1, 3]], seed=2), forward_call([[0]])
+    for each, calls in ((host, (used, unused)), (other, (used,))):
+        forward(each, *calls)
+        backward(each, *(backward_call(call) for call in calls))
+    answer = commit(host, used, strange, used)
+    assert (answer.missing, answer.not_finite, answer.stepped) == ((strange.call_id,), (), True)
+    commit(other, used)
+    for layer in (0, 2):
+        state, expected = host.fetch(layer, ()), other.fetch(layer, ())
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert host._staging.n_bytes == 0
+    (late,) = host.backward_many([backward_call(unused, resend=True)])
+    assert isinstance(late, StaleStepError)
+
+
+def test_the_order_in_which_commits_and_calls_come_changes_no_bit() -> None:
+    calls = [
+        replace(forward_call([[e, (e + 1) % 2]], seed=seed), trainer=trainer)
+        for seed, (e, trainer) in enumerate(itertools.product((0, 1), ("a", "b", "c")))
+    ]
+    of = {trainer: tuple(call.call_id for call in calls if call.trainer == trainer) for trainer in "abc"}
+    states: list[dict[str, Tensor]] = []
+    for order in ("abc", "cab"):
+        host = new_host(batch_tokens=3)
+        for call in calls if order == "abc" else reversed(calls):
+            forward(host, call)
+            backward(host, backward_call(call))
+        for trainer in order:
+            answer = host.commit(CommitCall(trainer=trainer, step=0, tokens=1, calls=of[trainer]))
+        assert answer.stepped
+        states.append(host.fetch(0, ()))
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+def test_a_batch_for_which_there_is_no_room_is_summed_up_early() -> None:
+    small, large = new_host(stage_bytes=1 << 15, batch_tokens=40), new_host(batch_tokens=40)
+    for step in range(40):
+        call = forward_call([[0, 1], [3, 1]], step=step, seed=step)
+        for host in (small, large):
+            forward(host, call)
+            backward(host, backward_call(call))
+            assert commit(host, call, step=step).missing == ()
+        assert small._staging.n_bytes <= 1 << 15
+    for name, value in large.fetch(0, ()).items():
+        torch.testing.assert_close(small.fetch(0, ())[name], value)
+    assert small.versions == large.versions
+    assert small.versions[0][0] == 1
+
+
+def test_layers_whose_step_is_due_make_it_before_anything_else_happens_there() -> None:
+    host, at_once = new_host(batch_tokens=1), new_host(batch_tokens=1)
+    calls = [forward_call([[0, 1]], layer=layer) for layer in (0, 2)]
+    for each in (host, at_once):
+        for call in calls:
+            forward(each, call)
+            backward(each, backward_call(call))
+    commit(at_once, *calls)
+    answer, closed = host.begin_commit(
+        CommitCall(trainer="t", step=0, tokens=1, calls=tuple(call.call_id for call in calls))
+    )
+    assert answer.stepped
+    assert closed is not None
+    host.defer(closed)
+    assert host.versions == {layer: dict.fromkeys(HOSTED, 0) for layer in (0, 2)}
+    later = forward_call([[0, 1]], layer=2, step=1)
+    assert torch.equal(forward(host, later)[0].y_RD, forward(at_once, later)[0].y_RD)
+    assert host.versions == {0: dict.fromkeys(HOSTED, 0), 2: dict.fromkeys(HOSTED, 1)}
+    assert not host.make_next()
+    for layer in (0, 2):
+        assert all(torch.equal(host.fetch(layer, ())[n], v) for n, v in at_once.fetch(layer, ()).items())
 
 
 def test_pre_activations_of_a_single_call_are_used_and_inputs_are_not_copied() -> None:
     host = new_host()
     call = forward_call([[0, 1], [1, 3]])
     forward(host, call)
-    kept = host._book._kept[call.call_id]
+    kept = host._staging._calls[call.call_id]
     assert kept.inputs is call.rows
-    assert kept.saved is not None
-    assert kept.saved.kernel is not None
+    assert kept.extra is not None
+    assert isinstance(kept.extra.kernel, Saved)
     # Poisoned on purpose: the gradient must come from what was saved.
-    for h_nH in kept.saved.kernel.blocks:
+    for h_nH in kept.extra.kernel.blocks:
         h_nH.zero_()
     (result,) = backward(host, backward_call(call))
     assert result.dx_RD.abs().max() == 0
@@ -252,7 +326,7 @@ def test_a_commit_steps_every_layer_once_the_batch_is_complete() -> None:
     call = forward_call([[0]])
     forward(host, call)
     backward(host, backward_call(call))
-    first = host.commit(CommitCall(trainer="t", step=0, tokens=6))
+    first = commit(host, call, tokens=6)
     assert (first.repeated, first.stepped, first.committed_tokens) == (False, False, 6)
     again = host.commit(CommitCall(trainer="t", step=0, tokens=6))
     assert (again.repeated, again.stepped, again.committed_tokens) == (True, False, 6)
@@ -263,7 +337,6 @@ def test_a_commit_steps_every_layer_once_the_batch_is_complete() -> None:
     assert answer.versions == {0: 1, 3: 1}
     late = host.backward_many([backward_call(call, resend=True)])[0]
     assert isinstance(late, StaleStepError)
-    assert grad_sums(host).abs().max() == 0
 
 
 def test_evaluation_leaves_nothing_behind() -> None:
@@ -284,31 +357,28 @@ def test_unknown_layers_and_a_full_book_are_answers() -> None:
         host.fetch(0, (0, 2))
     with pytest.raises(WireError, match="negative"):
         host.commit(CommitCall(trainer="t", step=0, tokens=-1))
-    small = CallBook(cache_bytes=1 << 20, reply_bytes=1 << 20, max_open_calls_per_trainer=1)
-    full = ExpertHost({0: new_bank()}, book=small)
-    calls = [forward_call([[0]]), forward_call([[1]])]
-    forward(full, *calls)
-    answers = full.backward_many([backward_call(c) for c in calls])
-    assert [type(a) for a in answers] == [BackwardAnswer, BusyError]
+    full = ExpertHost({0: new_bank()}, stage_bytes=3 * 1024)
+    calls = [forward_call([[0]]), forward_call([[1]]), forward_call([[1]])]
+    answers = [full.backward_many([backward_call(c, resend=True)])[0] for c in calls]
+    assert [type(a) for a in answers] == [BackwardAnswer, BackwardAnswer, BusyError]
 
 
 @pytest.mark.parametrize("tokens", [11, 2**63, 2**64 - 1])
 def test_a_commit_of_more_tokens_than_the_batch_is_refused_and_closes_nothing(tokens: int) -> None:
-    book = CallBook(cache_bytes=1 << 20, reply_bytes=1 << 20)
-    host = ExpertHost({0: new_bank(batch_tokens=10)}, book=book)
+    host = new_host(batch_tokens=10)
     call = forward_call([[0]])
     forward(host, call)
     with pytest.raises(WireError, match=f"{tokens}, but the run's global_batch_tokens, of all trainers, is 10"):
         host.commit(CommitCall(trainer="t", step=0, tokens=tokens))
-    assert (host.committed_tokens, book.sizes.trainers) == (0, 0)
+    assert host.committed_tokens == 0
     backward(host, backward_call(call))
     assert host.commit(CommitCall(trainer="t", step=0, tokens=10)).stepped
 
 
 def test_a_host_forgets_who_has_been_silent_for_an_hour_when_it_needs_the_room() -> None:
     now_s = 1000.0
-    book = CallBook(cache_bytes=1 << 20, reply_bytes=1 << 20, max_trainers=1)
-    host = ExpertHost({0: new_bank()}, book=book, clock=lambda: now_s)
+    staging: Any = Staging(limit_bytes=1 << 20, max_trainers=1)
+    host = ExpertHost({0: new_bank()}, staging=staging, clock=lambda: now_s)
     host.commit(CommitCall(trainer="silent", step=0, tokens=1))
     with pytest.raises(BusyError):
         host.commit(CommitCall(trainer="new", step=0, tokens=1))
@@ -318,7 +388,7 @@ def test_a_host_forgets_who_has_been_silent_for_an_hour_when_it_needs_the_room()
     call = replace(forward_call([[0]]), trainer="newest")
     forward(host, call)
     backward(host, replace(backward_call(call), trainer="newest"))
-    assert book.sizes.trainers == 1
+    assert staging.n_trainers == 1
 
 
 def test_state_goes_from_one_host_to_another() -> None:
@@ -326,7 +396,7 @@ def test_state_goes_from_one_host_to_another() -> None:
     call = forward_call(MIXED)
     forward(source, call)
     backward(source, backward_call(call))
-    source.commit(CommitCall(trainer="t", step=0, tokens=1))
+    commit(source, call)
     state = source.fetch(0, ()) | source.fetch(2, (3,))
     assert target.load_state(state | {"9.0.w_in": torch.zeros(1)}) == 4
     for name, value in target.fetch(0, ()).items():

@@ -103,7 +103,12 @@ class Collector:
                     raise CallError(CallFailure.LATE, peer.peer_id, "no time was left to ask")
                 answer = await self._transport.fetch(peer, layer, indices, timeout_s=share_s)
                 self._state |= _of(answer, peer.peer_id, experts)
-                return
+                there = experts_in(answer)
+                experts = [expert for expert in experts if str(expert) not in there]
+                if not experts:
+                    return
+                names = ", ".join(map(str, experts))
+                failure = CallError(CallFailure.REFUSED, peer.peer_id, f"left out {names}: broken there")
             except CallError as error:
                 failure = error
         self._tries[peer.peer_id, layer] += 1
@@ -140,7 +145,8 @@ class Collector:
 
 
 def _of(answer: dict[str, Tensor], peer_id: str, experts: Collection[ExpertId]) -> dict[str, Tensor]:
-    """The answer, if it is of `experts` and of nothing else: a peer must not speak for another's."""
-    if experts_in(answer) != {str(expert) for expert in experts}:
+    """The answer, if it is of some of `experts` and of nothing else: a peer must not speak for another's."""
+    there = experts_in(answer)
+    if not there or not there <= {str(expert) for expert in experts}:
         raise CallError(CallFailure.REFUSED, peer_id, "answered with other experts than it was asked for")
     return answer

@@ -94,7 +94,7 @@ async def catch_up(
             # Half of what is left, so that one who stalls leaves time for the next.
             left_s = (deadline_s - clock_s()) / 2
             state = await transport.fetch(peers[peer_id], layer, indices, timeout_s=left_s)
-            await asyncio.to_thread(_adopt, host, state, layer, indices)
+            got = await asyncio.to_thread(_adopt, host, state, layer, indices)
         except CallError as error:
             log.warning("catching up: experts of layer %d: %s", layer, error)
             if error.failure is CallFailure.BUSY:
@@ -105,9 +105,11 @@ async def catch_up(
             log.warning("catching up: experts of layer %d from %s: %s", layer, peer_id, error)
             candidates = without_peer(candidates, peer_id)
         else:
-            for index in indices:
-                taken[peer_id].append(ExpertId(layer, index))
-                del candidates[ExpertId(layer, index)]
+            for expert in got:
+                taken[peer_id].append(expert)
+                del candidates[expert]
+            if len(got) < len(indices):  # the others are broken there
+                candidates = without_peer(candidates, peer_id)
     # Layers came at different moments, perhaps with a commit in between: their steps must end together.
     host.continue_at(host.committed_tokens)
     return [Taken(peer=peer, experts=tuple(sorted(experts))) for peer, experts in sorted(taken.items())]
@@ -143,12 +145,13 @@ async def _versions(
     return said
 
 
-def _adopt(host: ExpertHost, state: Mapping[str, Tensor], layer: int, indices: Sequence[int]) -> None:
-    """CheckpointError, and nothing changed, when these are not the experts that were asked for."""
+def _adopt(host: ExpertHost, state: Mapping[str, Tensor], layer: int, indices: Sequence[int]) -> list[ExpertId]:
+    """The experts that were taken over; CheckpointError, and nothing changed, when some are none of those asked for."""
+    asked = {str(ExpertId(layer, index)): ExpertId(layer, index) for index in indices}
     got = experts_in(state)
-    asked = {str(ExpertId(layer, index)) for index in indices}
-    if got != asked:
-        raise CheckpointError(f"asked for {len(asked)} experts of layer {layer}, got {len(got)}, not the same ones")
+    if not got <= asked.keys():
+        raise CheckpointError(f"asked for {len(asked)} experts of layer {layer}, got others")
     # Its place between two steps, but not its gradients: it will step on those itself, and they must count once.
     sums = ("g_in", "g_out")
     host.load_state({n: torch.zeros_like(v) if split_name(n)[1] in sums else v for n, v in state.items()})
+    return [expert for name, expert in asked.items() if name in got]

@@ -9,10 +9,12 @@ import secrets
 import sys
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 import uvloop
+from torch import Tensor
 
 from moe_net.client import make_banks
 from moe_net.config import RunConfig, from_json, to_json
@@ -40,6 +42,7 @@ from moe_peer.config import ServeConfig, parse_experts
 from moe_peer.gossip import Gossip, Meeting
 from moe_peer.memory import find_device, memory_of_experts
 from moe_peer.memory_plan import MIB, SCARCE_BYTES, MemoryPlan, plan_memory
+from moe_peer.repair import Repair
 from moe_peer.server import ExpertServer
 from moe_peer.status import say_what_is_served
 from moe_peer.threads import use_threads
@@ -139,7 +142,17 @@ async def _serve(config: ServeConfig) -> None:
         log.info(
             "serving %d experts (%s) of run %s at %s", len(experts), describe(experts), run.name, announcer.address
         )
-        keeping = asyncio.gather(keep_manifest(discovery, to_json(run)), say_what_is_served(lambda: server.served))
+
+        async def who_hosts() -> View:
+            return View(await discovery.peers(RunExperts(run.model.expert_ids)))
+
+        repair = Repair(
+            host, server.run_on_device, announcer, transport, who_hosts, partial(_from_checkpoint, config, run),
+            own_id=identity.peer_id,
+        )  # fmt: skip
+        keeping = asyncio.gather(
+            keep_manifest(discovery, to_json(run)), say_what_is_served(lambda: server.served), repair.run()
+        )
         try:
             await server.failed()
         finally:
@@ -253,6 +266,12 @@ def _make_host(
     if config.load is not None:
         load_experts(host, run, config.load)
     return host
+
+
+def _from_checkpoint(config: ServeConfig, run: RunConfig, layer: int) -> dict[str, Tensor]:
+    """What this peer would begin with; empty when that is nothing."""
+    path = None if config.load is None else find_checkpoint(config.load)
+    return {} if path is None else load_layer(path, run, layer)
 
 
 def load_experts(host: ExpertHost, run: RunConfig, folder: Path) -> int:

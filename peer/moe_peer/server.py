@@ -159,6 +159,7 @@ class ExpertServer:
         if check is None and host.device.type == "cuda":
             check = partial(check_device, str(host.device))
         self._device = DeviceThread(check=check)
+        self.run_on_device = self._device.run
         self.failed = self._device.failed
         """Waits for DeviceError: the device computes no more."""
         # One thread, so that reading large messages takes no more than one core from the experts.

@@ -159,6 +159,7 @@ class ExpertBank:
         self._base: WeightGrads | None = None
         """Sums of the next step that were made before their batch is complete, or came with a state."""
         self._base_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
+        self._spare: list[WeightGrads] = []
         # Pairs (row, expert) that were ever stepped on here.
         self._stepped_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
         self.broken: frozenset[int] = frozenset()
@@ -286,9 +287,19 @@ class ExpertBank:
         same bits for the same calls, whatever is left of their backwards. None of no pairs."""
         sums: WeightGrads | None = None
         for group in (group for calls in commits for group in self._groups(calls)):
-            new = moe_ffn_weight_grads([self._work(call) for call in group], self._compute)
-            sums = new if sums is None else WeightGrads(*(a.float().add_(b) for a, b in zip(sums, new, strict=True)))
+            into = self._spare.pop() if self._spare else None
+            new = moe_ffn_weight_grads([self._work(call) for call in group], self._compute, into=into)
+            if sums is None:
+                sums = new
+            else:
+                sums = WeightGrads(*(a.float().add_(b) for a, b in zip(sums, new, strict=True)))
+                self._use_again(new)
         return sums
+
+    def _use_again(self, grads: WeightGrads) -> None:
+        """Keep the memory of gradients that are over for the next ones."""
+        if self.device.type == "cpu" and len(self._spare) < 2 and grads.w_in_EDH.dtype is torch.float32:
+            self._spare.append(grads)
 
     def _groups(self, calls: Commit) -> Iterator[list[BankCall]]:
         """The calls, and pieces of calls, that have pairs, by what is made at once: all of them, unless that is too
@@ -385,6 +396,9 @@ class ExpertBank:
         try:
             self._step_on(batch, {self._slot_of[index]: parts for index, parts in (shares or {}).items()})
         finally:
+            if batch.grads is not None:
+                self._use_again(batch.grads)
+                batch.grads = None
             self._weights_changed()
 
     def _step_on(self, batch: Batch, parts_of: Mapping[int, Mapping[int, ExpertShare]]) -> None:
@@ -552,15 +566,17 @@ def _sum(a: WeightGrads | None, b: WeightGrads | None) -> WeightGrads | None:
 
 def _most(dy_RD: Tensor, x_RD: Tensor, gates_RK: Tensor, work: Work, n_pairs: int) -> float | Tensor:
     """A bound of every entry of the weights' gradients of a call; NaN if a part of them is. On a GPU a tensor, which
-    nobody waits for."""
+    nobody waits for. By Cauchy and Schwarz: an entry is the product of two columns, rows that several experts got
+    standing there as often."""
     if not n_pairs or not work.a:
         return 0.0
-    a, dh = ([block[:n_pairs] for block in blocks] for blocks in (work.a, work.dh))
-    largest = torch.stack(
-        [torch.linalg.vector_norm(value, ord=torch.inf).float() for value in (dy_RD, x_RD, gates_RK, *a, *dh)]
-    )
-    dy, x, gate = largest[:3]
-    most_a, most_dh = largest[3 : 3 + len(a)].amax(), largest[3 + len(a) :].amax()
+
+    def norm(values: Sequence[Tensor]) -> Tensor:
+        norms = [torch.linalg.vector_norm(value, dtype=torch.float32) for value in values]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+    a, dh = (norm([block[:n_pairs] for block in blocks]) for blocks in (work.a, work.dh))
     # With gates of 1 at least, for some backends have them in activations and gradients already.
-    bound = n_pairs * gate.clamp(min=1) * torch.maximum(dy * most_a, x * most_dh)
+    gate = gates_RK.abs().amax().clamp(min=1)
+    bound = gate * gates_RK.shape[1] ** 0.5 * torch.maximum(norm([dy_RD]) * a, norm([x_RD]) * dh)
     return bound if bound.is_cuda else float(bound)

@@ -260,14 +260,18 @@ def moe_ffn_backward(
 
 
 @torch.no_grad()
-def moe_ffn_weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+def moe_ffn_weight_grads(
+    calls: Sequence[WeightCall], weights: ExpertWeights, *, into: WeightGrads | None = None
+) -> WeightGrads:
     """The weights' gradients, summed over the calls in their order: the same bits for the same calls in the same order.
-    All of one backend, and with at least one pair each. fp32, or on a GPU the dtype of the weights."""
+    All of one backend, and with at least one pair each. fp32, or on a GPU the dtype of the weights. `into`: memory of
+    fp32 that may be used for them; new memory is touched page by page, which takes longer than the products of few
+    rows."""
     dense = [
         WeightCall(dy_TD.contiguous(), x_TD.contiguous(), expert_ids_TK.contiguous(), work)
         for dy_TD, x_TD, expert_ids_TK, work in calls
     ]
-    return _load(calls[0].work.backend).weight_grads(dense, weights)
+    return _load(calls[0].work.backend).weight_grads(dense, weights, into=into)
 
 
 def _of_backward(

@@ -94,7 +94,9 @@ def backward_rows(
     return dx_TD, dgates_TK.to(gates_TK.dtype), work
 
 
-def weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+def weight_grads(
+    calls: Sequence[WeightCall], weights: ExpertWeights, *, into: WeightGrads | None = None
+) -> WeightGrads:
     """As `types.Backend.weight_grads`, in fp32."""
     dy_TD, x_TD, n_choices, routing, a_PF, dh_PH = merge(calls, weights.w_in_EDH.shape[0], sort_pairs)
     grads = WeightGrads(*(torch.empty_like(w, dtype=torch.float32) for w in (weights.w_in_EDH, weights.w_out_EFD)))

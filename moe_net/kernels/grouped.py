@@ -104,7 +104,9 @@ def backward_rows(
     return dx_TD, dgates_TK, Work(NAME, routing, None, (a_PF,), (dh_PH,))
 
 
-def weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+def weight_grads(
+    calls: Sequence[WeightCall], weights: ExpertWeights, *, into: WeightGrads | None = None
+) -> WeightGrads:
     """As `types.Backend.weight_grads`, in the weights' dtype."""
     rows = _row_functions(calls[0].x_TD)
     dy_TD, x_TD, n_choices, routing, a_PF, dh_PH = merge(calls, weights.w_in_EDH.shape[0], rows.sort_pairs)

@@ -187,7 +187,9 @@ def backward_rows(
     return dx_TD, dgates_TK.to(gates_TK.dtype), work
 
 
-def weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+def weight_grads(
+    calls: Sequence[WeightCall], weights: ExpertWeights, *, into: WeightGrads | None = None
+) -> WeightGrads:
     """As `types.Backend.weight_grads`, in the weights' dtype."""
     dy_TD, x_TD, _, routing, a_PF, dh_PH = merge(calls, weights.w_in_EDH.shape[0], sort_pairs)
     dw_out_EFD = _dw_out(a_PF, dy_TD, weights, routing)

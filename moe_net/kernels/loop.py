@@ -155,9 +155,9 @@ def backward_rows(
     dx_QD = x_TD.new_empty(n_pairs + 1 if rows else 0, d_model)
     # fp32 also beside bf16 rows: a gate's gradient is a sum over F.
     dgate_P = x_TD.new_empty(n_pairs, dtype=torch.promote_types(x_TD.dtype, torch.float32))
-    # What stays, in one piece of memory each.
-    a_blocks = x_TD.new_empty(sum(sizes), d_ff).split(sizes)
-    dh_blocks = x_TD.new_empty(sum(sizes), d_hidden).split(sizes)
+    # What stays; of each expert by itself, for an allocator gives large blocks back to the kernel, page by page.
+    a_blocks = [x_TD.new_empty(n, d_ff) for n in sizes]
+    dh_blocks = [x_TD.new_empty(n, d_hidden) for n in sizes]
     rows_nD = x_TD.new_empty(largest, d_model)
     da_nF, t_nF = x_TD.new_empty(2, largest, d_ff).unbind(0)
     h_nH = x_TD.new_empty(largest if saved is None else 0, d_hidden)
@@ -218,7 +218,9 @@ class _Share:
         return self.pairs.stop - self.pairs.start
 
 
-def weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+def weight_grads(
+    calls: Sequence[WeightCall], weights: ExpertWeights, *, into: WeightGrads | None = None
+) -> WeightGrads:
     """As `types.Backend.weight_grads`, in fp32: of each expert one product over the rows of all calls, in their
     order."""
     n_experts, d_model, _ = weights.w_in_EDH.shape
@@ -227,7 +229,7 @@ def weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightG
         for (expert, first, end), a, dh in zip(call.work.routing.blocks, call.work.a, call.work.dh, strict=True):
             shares[expert].append(_Share(call, slice(first, end), a, dh))
     dtype = torch.promote_types(weights.w_in_EDH.dtype, torch.float32)
-    grads = WeightGrads(
+    grads = into or WeightGrads(
         torch.empty_like(weights.w_in_EDH, dtype=dtype), torch.empty_like(weights.w_out_EFD, dtype=dtype)
     )
     for expert, of_expert in enumerate(shares):

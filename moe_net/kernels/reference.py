@@ -62,7 +62,9 @@ def backward_rows(
     return dx_TD, dgates_TK, Work(NAME, gates_TK, None, (), ())
 
 
-def weight_grads(calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
+def weight_grads(
+    calls: Sequence[WeightCall], weights: ExpertWeights, *, into: WeightGrads | None = None
+) -> WeightGrads:
     """As `types.Backend.weight_grads`: one call after another."""
     sums = zero_sums(weights)
     for dy_TD, x_TD, expert_ids_TK, work in calls:

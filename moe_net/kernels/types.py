@@ -147,8 +147,11 @@ class Backend(Protocol):
         """(dx [T, D], dgates [T, K], what `weight_grads` needs); without `rows` no dx. `saved` is used up."""
         ...
 
-    def weight_grads(self, calls: Sequence[WeightCall], weights: ExpertWeights) -> WeightGrads:
-        """Sums over the calls, in their order; each at least one pair. In fp32, or in the weights' dtype."""
+    def weight_grads(
+        self, calls: Sequence[WeightCall], weights: ExpertWeights, *, into: WeightGrads | None = None
+    ) -> WeightGrads:
+        """Sums over the calls, in their order; each at least one pair. In fp32, or in the weights' dtype. `into`: memory
+        of fp32 that may be used for them, whatever is in it."""
         ...
 
     def backward(

@@ -17,13 +17,13 @@ from moe_net.garbage import tune_collector
 from moe_net.wire.allocator import tune_allocator
 from moe_peer.server import ExpertServer
 
-# Inputs and pre-activations of 64 micro-batches in flight, four layers each: some 300 MiB.
-CACHE_BYTES = 2**30
+# Of 64 micro-batches in flight, four layers each: some 600 MiB.
+STAGE_BYTES = 2**30
 
 
 async def serve(number: int) -> None:
     run = make_run()
-    host = ExpertHost(make_banks(run, experts_of(number)), cache_bytes=CACHE_BYTES)
+    host = ExpertHost(make_banks(run, experts_of(number)), stage_bytes=STAGE_BYTES)
     server = ExpertServer(host, run=run, peer_id=f"server-{number}")
     await server.start("127.0.0.1:0")
     try:

@@ -253,8 +253,8 @@ class ExpertBank:
     def backward(
         self, dy_RD: Tensor, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor, saved: Reusable | None
     ) -> tuple[Tensor, Tensor, Reusable | None, float | Tensor]:
-        """(dx [R, D] where x is, dgates [R, K] where the experts are, what `BankCall` can use again, the most that an
-        entry of the weights' gradients can be) of the same forward.
+        """(dx [R, D] where x is, dgates [R, K] where the experts are, what `BankCall` can use again, a bound of the norm
+        of the weights' gradients) of the same forward.
 
         Of a `saved` that is older than the weights nothing is used: all gradients belong to the weights of now.
         """
@@ -565,9 +565,8 @@ def _sum(a: WeightGrads | None, b: WeightGrads | None) -> WeightGrads | None:
 
 
 def _most(dy_RD: Tensor, x_RD: Tensor, gates_RK: Tensor, work: Work, n_pairs: int) -> float | Tensor:
-    """A bound of every entry of the weights' gradients of a call; NaN if a part of them is. On a GPU a tensor, which
-    nobody waits for. By Cauchy and Schwarz: an entry is the product of two columns, rows that several experts got
-    standing there as often."""
+    """A bound of the norm of each of a call's two weights' gradients, products of what is measured here; NaN if a part
+    of it is. On a GPU a tensor, which nobody waits for."""
     if not n_pairs or not work.a:
         return 0.0
 

@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 MIB = 2**20
 
 
-MAX_GRADIENT = 1e12
-"""The largest that an entry of one call's weight gradient may be. Not even all calls of a batch together make a norm
-infinite then, for which everybody's step would be skipped."""
+MAX_GRADIENT = 1e15
+"""The largest norm that one call's weight gradient may have. Not even ten thousand calls of a batch make the norm of
+their sum infinite then, for which everybody's step would be skipped."""
 
 Book = Staging[RoutedRows, "Gradient", Reusable, CommitAnswer]
 

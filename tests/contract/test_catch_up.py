@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import moe_peer.server
 from moe_net.client import make_banks
 from moe_net.errors import BusyError
 from moe_net.experts.host import ExpertHost
+from moe_net.kernels.types import WeightGrads
 from moe_net.placement.view import View
 from moe_net.rpc.base import CallError, CallFailure
 from moe_net.rpc.grpc_client import GrpcTransport
@@ -33,11 +35,12 @@ ALL = RUN.model.expert_ids
 def new_host(experts: Sequence[ExpertId] = ALL, *, steps: int = 0) -> ExpertHost:
     host = ExpertHost(make_banks(RUN, experts))
     draw = torch.Generator().manual_seed(steps)
-    for step in range(steps):
+    for _ in range(steps):
         for bank in host._banks.values():
-            for grad in bank._optimizer.grads:
-                grad.normal_(generator=draw)
-        host.commit(CommitCall(trainer="t", step=step, tokens=RUN.global_batch_tokens))
+            grads = WeightGrads(*(torch.empty_like(w).normal_(generator=draw) for w in bank._optimizer.w))
+            bank.step(
+                replace(bank.close([], RUN.global_batch_tokens), grads=grads, filled_E=(True,) * len(bank.indices))
+            )
     return host
 
 

@@ -72,10 +72,11 @@ class Target:
     def state(self) -> list[Any]:
         """Everything that a call may change, as values."""
         bank = self.host._banks[LAYER]
-        tensors = [v for _, v in sorted(bank.state().items())] + [g.clone() for g in bank._optimizer.grads]
-        book = self.host._book
-        ledger = {name: (t.last_committed_step, dict(t.applied)) for name, t in book._trainers.items()}
-        sizes = (book.sizes, sorted(book._kept), sorted(book._replies), ledger)
+        tensors = [v for _, v in sorted(bank.state().items())]
+        staging = self.host._staging
+        tensors += [call.grad.grad_RD for _, call in sorted(staging._calls.items()) if call.grad is not None]
+        trainers = {name: (t.last_committed_step, sorted(t.calls)) for name, t in staging._trainers.items()}
+        sizes = (staging.n_bytes, trainers)
         return [torch.cat([t.flatten().double() for t in tensors]), self.host.committed_tokens, bank.versions, sizes]
 
     def send(self, method: str, data: bytes) -> tuple[StatusCode, str]:

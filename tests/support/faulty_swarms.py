@@ -97,10 +97,10 @@ class Clock:
 Swarm = tuple[ExpertSwarm, Faulty, dict[str, ExpertHost], Clock]
 
 
-def swarm_of(replicas: int, *, cache_bytes: int = 2**20, spread: bool = False, **policy: float) -> Swarm:
+def swarm_of(replicas: int, *, stage_bytes: int = 2**20, spread: bool = False, **policy: float) -> Swarm:
     """Peers p0, p1, ..: each hosts the whole layer."""
     peers = [PeerInfo(peer_id=f"p{i}", address="", experts=EXPERTS) for i in range(replicas)]
-    hosts = {p.peer_id: ExpertHost(make_banks(RUN, EXPERTS), cache_bytes=cache_bytes) for p in peers}
+    hosts = {p.peer_id: ExpertHost(make_banks(RUN, EXPERTS), stage_bytes=stage_bytes) for p in peers}
     transport, view, clock = Faulty(hosts), View(peers), Clock()
     limits = CallPolicy(attempts=3, retry_pause_s=1e-6, **policy)  # type: ignore[arg-type]
     events: list[FaultEvent] = []
@@ -117,8 +117,10 @@ async def forward(swarm: ExpertSwarm, step: int = 0):
 
 
 def grads(host: ExpertHost) -> torch.Tensor:
-    """Change of the weights by the next step: shows which gradients are in."""
+    """Change of the weights by a step on all that is staged: shows which gradients are there."""
     before = {k: v for k, v in host.fetch(0, []).items() if k.endswith("w_in")}
-    host.commit(CommitCall(trainer="probe", step=0, tokens=RUN.global_batch_tokens))
+    staged = host._staging._calls
+    (trainer,) = {call.facts.trainer for call in staged.values()}
+    host.commit(CommitCall(trainer=trainer, step=0, tokens=RUN.global_batch_tokens, calls=tuple(staged)))
     after = host.fetch(0, [])
     return torch.stack([after[k] - before[k] for k in sorted(before)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,14 +72,21 @@ class Swarm:
         self, *names: str, calls: Mapping[str, tuple[bytes, ...]] | None = None, tokens: int = RUN.global_batch_tokens
     ) -> list[CommitAnswer]:
         """`calls`: those that count, at each of the peers; by default all that are staged there."""
-        named = {name: tuple(self.peers[name].host._staging._calls) for name in names} | dict(calls or {})
-        calls = [CommitCall(trainer="t", step=self.step, tokens=tokens, calls=named[n]) for n in names]
+        said = {n: commit_of(self.peers[n].host, step=self.step, tokens=tokens) for n in names}
+        for name, named in (calls or {}).items():
+            said[name] = replace(said[name], calls=named)
         self.step += 1
-        return await asyncio.gather(*(self.peers[n].sharing.commit(c) for n, c in zip(names, calls, strict=True)))
+        return await asyncio.gather(*(self.peers[n].sharing.commit(call) for n, call in said.items()))
+
+
+def commit_of(host: ExpertHost, *, step: int, trainer: str = "t", tokens: int = RUN.global_batch_tokens) -> CommitCall:
+    """A commit that names all that the trainer has staged there."""
+    staged = tuple(i for i, call in host._staging._calls.items() if call.facts.trainer == trainer)
+    return CommitCall(trainer=trainer, step=step, tokens=tokens, calls=staged)
 
 
 def backward(host: ExpertHost, step: int, seed: int, rows: int = 12, trainer: str = "t") -> bytes:
-    """Add the gradient of some rows of layer 0; its call id."""
+    """Stage the gradient of some rows of layer 0; its call id."""
     draw = torch.Generator().manual_seed(seed)
     call = BackwardCall(
         call_id=(seed + 1).to_bytes(16, "big"), trainer=trainer, step=step, layer=0,

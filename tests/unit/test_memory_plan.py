@@ -23,12 +23,7 @@ def plan(available_mib: float, *, expert_mib: float = 12, n_asked: int | None = 
 
 def test_where_memory_is_plentiful_caches_have_all_they_can_use_and_experts_half_of_the_rest() -> None:
     it = plan(24_000)
-    assert [it.cache_bytes, it.reply_bytes, it.journal_bytes, it.queue_bytes] == [
-        256 * MIB,
-        64 * MIB,
-        256 * MIB,
-        256 * MIB,
-    ]
+    assert [it.stage_bytes, it.queue_bytes] == [576 * MIB, 256 * MIB]
     assert it.n_experts == it.fitting_experts == (24_000 - 1600) // 2 // 12
     assert it.at_once_bytes == 512 * MIB
     assert not it.sparing
@@ -58,14 +53,13 @@ def test_what_is_planned_is_there_whatever_there_is(available_mib: int, expert_m
 def test_more_memory_never_means_fewer_experts_or_smaller_caches(more: int) -> None:
     little, much = plan(800), plan(800 + more)
     assert much.n_experts >= little.n_experts
-    assert much.cache_bytes >= little.cache_bytes
+    assert much.stage_bytes >= little.stage_bytes
 
 
 def test_options_win_and_experts_get_what_they_leave() -> None:
-    it = plan(800, cache_mib=0, journal_mib=100)
-    assert it.cache_bytes == 0
-    assert it.journal_bytes == 100 * MIB
-    assert it.n_experts < plan(800, cache_mib=0, journal_mib=0).n_experts
+    it = plan(800, stage_mib=100)
+    assert it.stage_bytes == 100 * MIB
+    assert it.n_experts < plan(800, stage_mib=0).n_experts
     assert plan(24_000, max_queue_mib=7).queue_bytes == 7 * MIB
 
 

@@ -78,7 +78,7 @@ def test_a_wrong_specification_is_named_with_what_there_is(spec: str, complaint:
         ({"join_timeout_s": float("nan")}, "join_timeout_s must be positive, not nan"),
         ({"catch_up_timeout_s": float("inf")}, "catch_up_timeout_s must be positive, not inf"),
         ({"grace_s": float("nan")}, "must be numbers of seconds"),
-        ({"cache_mib": -1}, "must not be negative"),
+        ({"stage_mib": -1}, "must not be negative"),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_anything_starts(wrong: dict[str, object], complaint: str) -> None:
@@ -121,11 +121,11 @@ def test_a_training_that_cannot_work_is_refused_before_anything_starts(wrong: di
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "peer.toml"
-    file.write_text('experts = "1.*"\ncache_mib = 7\njoin = ["host:1"]\n')
-    config = read_command_line(["serve", "--config", str(file), "--cache-mib", "9"])
-    assert config == ServeConfig(config=file, experts="1.*", cache_mib=9, join=("host:1",))
+    file.write_text('experts = "1.*"\nstage_mib = 7\njoin = ["host:1"]\n')
+    config = read_command_line(["serve", "--config", str(file), "--stage-mib", "9"])
+    assert config == ServeConfig(config=file, experts="1.*", stage_mib=9, join=("host:1",))
     assert read_command_line(["serve", f"--config={file}"]) == ServeConfig(
-        config=file, experts="1.*", cache_mib=7, join=("host:1",)
+        config=file, experts="1.*", stage_mib=7, join=("host:1",)
     )
 
 
@@ -166,7 +166,7 @@ def test_experts_are_loaded_from_the_newest_checkpoint_of_a_local_run(
 ) -> None:
     old = ExpertHost(make_banks(RUN, MODEL.expert_ids))
     for bank in old._banks.values():
-        bank.commit(RUN.global_batch_tokens)
+        bank.step(bank.close([], RUN.global_batch_tokens))
     checkpoint(tmp_path / "trainer-0" / "checkpoints", 5, old, list(MODEL.expert_ids))
     some = [e for e in MODEL.expert_ids if e != ExpertId(3, 2)]
     newest = checkpoint(tmp_path / "trainer-1" / "checkpoints", 7, old, some)

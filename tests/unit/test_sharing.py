@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replicas import ALL, RUN, SHAPE, D, Swarm, assert_close, assert_equal, backward, everything, times_asked
+from replicas import ALL, RUN, SHAPE, D, Swarm, assert_close, assert_equal, backward, commit_of, everything, times_asked
 from torch import Tensor
 
 from moe_net.client import make_banks
@@ -46,7 +46,7 @@ async def test_replicas_that_share_the_rows_equal_one_peer_with_all_of_them(name
             backward(one, step, seed)
         answers = await swarm.commit(*names)
         assert all(answer.stepped for answer in answers)
-        one.commit(CommitCall(trainer="t", step=step, tokens=RUN.global_batch_tokens))
+        one.commit(commit_of(one, step=step))
     first, *others = [swarm.peers[name].host for name in names]
     for other in others:
         assert_equal(first, other)
@@ -59,8 +59,7 @@ async def test_no_state_is_taken_over_in_the_middle_of_a_step() -> None:
     swarm = Swarm()
     mine, other = swarm.add("a"), swarm.add("b")
     backward(mine, 0, 1)
-    call = CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens)
-    _, closed = mine.begin_commit(call, detach=True)
+    _, closed = mine.begin_commit(commit_of(mine, step=0))
     assert closed is not None
     before = everything(mine)
     with pytest.raises(BusyError, match="layer 0 is in the middle of a step"):
@@ -82,7 +81,7 @@ async def test_our_own_step_is_made_whatever_a_partner_sends() -> None:
     for host in (mine, alone):
         backward(host, 0, 1)
     (answer,) = await swarm.commit("a")
-    alone.commit(CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens))
+    alone.commit(commit_of(alone, step=0))
     assert answer.stepped
     assert_equal(mine, alone)
 
@@ -102,7 +101,6 @@ async def test_a_step_that_fails_is_over_like_any_other(what: str, monkeypatch: 
         patch.setattr(bank._optimizer if what == "step" else bank, what, fails)
         with pytest.raises(RuntimeError, match="out of memory"):
             await swarm.commit("a")
-    assert not any(grad.any() for grad in bank._optimizer.grads), "of a batch that is over"
     assert set(mine.versions[1].values()) == {1}, "the other layer's step is made"
     for layer in (0, 1):
         mine.replace_state(layer, other.fetch(layer, (), with_sums=False))
@@ -130,7 +128,7 @@ async def test_a_replica_without_rows_takes_part_in_the_favourites_steps() -> No
         for host in (favourite, alone):
             backward(host, step, step)
         await swarm.commit("a", "b")
-        alone.commit(CommitCall(trainer="t", step=step, tokens=RUN.global_batch_tokens))
+        alone.commit(commit_of(alone, step=step))
     assert_equal(favourite, idle)
     assert_equal(favourite, alone)
 
@@ -167,45 +165,22 @@ async def test_a_frozen_partner_costs_its_limit_and_what_it_missed_is_made_up_fo
     stuck.set()
 
 
-async def test_a_voided_gradient_is_in_nobodys_step() -> None:
+async def test_a_gradient_that_no_commit_names_is_in_nobodys_step() -> None:
     swarm = Swarm()
     a, b = swarm.add("a"), swarm.add("b")
     one = ExpertHost(make_banks(RUN, ALL, origin=99))
-    kept, twice = 1, 2
-    for host in (a, one):
-        backward(host, 0, kept)
-    void = backward(a, 0, twice)
+    kept = backward(a, 0, 1)
+    backward(one, 0, 1)
+    backward(a, 0, 2)  # its answer came too late: the other one's was used
     for host in (b, one):
-        backward(host, 0, twice)
-    answers = await swarm.commit("a", "b", void={"a": (void,)})
-    assert [answer.voided for answer in answers] == [1, 0]
-    one.commit(CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens))
+        backward(host, 0, 2)
+    await swarm.commit("a", "b", calls={"a": (kept,)})
+    one.commit(commit_of(one, step=0))
     assert_equal(a, b)
     assert_close(a, one)
 
 
-async def test_what_is_taken_out_after_its_step_is_taken_out_of_all_replicas_and_is_of_no_rows() -> None:
-    swarm, one = Swarm(), ExpertHost(make_banks(RUN, ALL, origin=99))
-    a, b = swarm.add("a"), swarm.add("b")
-    backward(b, 0, 3, trainer="u")
-    backward(one, 0, 3, trainer="u")
-    void = backward(a, 0, 4)
-    backward(one, 0, 4)
-    other = CommitCall(trainer="u", step=0, tokens=RUN.global_batch_tokens)
-    await asyncio.gather(*(peer.sharing.commit(other) for peer in swarm.peers.values()))
-    one.commit(other)
-    lineages = a._banks[0].lineages
-    answers = await swarm.commit("a", "b", void={"a": (void,)})
-    assert [answer.voided for answer in answers] == [1, 0]
-    before = one.fetch(0, (0,))["0.0.w_in"]
-    one.commit(CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens, void=(void,)))
-    assert not torch.equal(one.fetch(0, (0,))["0.0.w_in"], before)
-    assert_equal(a, b)
-    assert_close(a, one)
-    assert a._banks[0].lineages == lineages
-
-
-async def test_what_comes_while_replicas_are_asked_belongs_to_the_next_step_and_can_be_voided() -> None:
+async def test_what_comes_while_replicas_are_asked_belongs_to_the_next_step() -> None:
     swarm = Swarm()
     a, b = swarm.add("a"), swarm.add("b")
     late = asyncio.Event()
@@ -215,18 +190,17 @@ async def test_what_comes_while_replicas_are_asked_belongs_to_the_next_step_and_
     committing = asyncio.create_task(swarm.commit("a", "b"))
     while not swarm.peers["b"].asked:  # noqa: ASYNC110  its turn comes without an event
         await asyncio.sleep(0)
-    kept, void = backward(a, 0, 5, trainer="u"), backward(a, 0, 6, trainer="u")
+    backward(a, 0, 5, trainer="u")
     late.set()
     await committing
     assert_equal(a, b)
     one = ExpertHost(make_banks(RUN, ALL, origin=99))
     backward(one, 0, 1)
-    one.commit(CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens))
+    one.commit(commit_of(one, step=0))
     assert_close(a, one)
-    answer = a.commit(CommitCall(trainer="u", step=0, tokens=1, void=(void,)))
-    assert (answer.voided, answer.void_failed) == (1, 0)
-    assert kept != void
-    assert a._banks[0]._optimizer.grads.w_in_EDH.norm() > 0
+    answer = a.commit(commit_of(a, step=0, trainer="u", tokens=1))
+    assert (answer.missing, answer.committed_tokens) == ((), 1)
+    assert a.fetch(0, ())["0.0.g_in"].norm() + a.fetch(0, ())["0.1.g_in"].norm() > 0
 
 
 async def test_replicas_that_close_other_batches_do_not_mix_them() -> None:
@@ -235,11 +209,13 @@ async def test_replicas_that_close_other_batches_do_not_mix_them() -> None:
     half = RUN.global_batch_tokens // 2
     backward(a, 0, 1)
     backward(b, 0, 2)
-    calls = [CommitCall(trainer=trainer, step=0, tokens=half) for trainer in "tuv"]
-    # a closes with t and u, b with u and v.
-    await swarm.peers["a"].sharing.commit(calls[0])
-    await swarm.peers["b"].sharing.commit(calls[1])
-    answers = await asyncio.gather(swarm.peers["a"].sharing.commit(calls[1]), swarm.peers["b"].sharing.commit(calls[2]))
+    # a closes with t and u, b with u and t's second.
+    await swarm.peers["a"].sharing.commit(commit_of(a, step=0, tokens=half))
+    await swarm.peers["b"].sharing.commit(commit_of(b, step=0, trainer="u", tokens=half))
+    answers = await asyncio.gather(
+        swarm.peers["a"].sharing.commit(commit_of(a, step=0, trainer="u", tokens=half)),
+        swarm.peers["b"].sharing.commit(commit_of(b, step=1, tokens=half)),
+    )
     assert all(answer.stepped for answer in answers)
     mine, theirs = (host._banks[0].lineages for host in (a, b))
     assert all(set(lineage.seen) <= {1} for lineage in mine.values())
@@ -279,7 +255,7 @@ async def test_a_caller_that_leaves_does_not_leave_half_a_commit() -> None:
     swarm.broken["b"] = late.wait
     backward(a, 0, 1)
     backward(b, 0, 2)
-    call = CommitCall(trainer="t", step=0, tokens=RUN.global_batch_tokens)
+    call = commit_of(a, step=0)
     caller = asyncio.create_task(swarm.peers["a"].sharing.commit(call))
     while not swarm.peers["b"].asked:  # noqa: ASYNC110
         await asyncio.sleep(0)

@@ -70,8 +70,10 @@ async def test_backward_sends_the_inputs_when_the_server_has_lost_them() -> None
     swarm, _, hosts, _ = swarm_of(1)
     expected_result = await forward(swarm)
     expected = await swarm.backward(expected_result.answered, torch.ones_like(X_TD), IDS_TK.numel())
-    small, small_transport, small_hosts, _ = swarm_of(1, cache_bytes=1)
+    small, small_transport, small_hosts, _ = swarm_of(1)
     result = await forward(small)
+    for call_id in list(small_hosts["p0"]._staging._calls):
+        small_hosts["p0"]._staging._drop(call_id)
     got = await small.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
     sent = [call for method, _, call in small_transport.log if method == "backward"]
     assert [call.rows is None for call in sent] == [True, False]
@@ -223,7 +225,7 @@ async def test_hedges_stay_within_their_share_of_the_calls() -> None:
     assert swarm.stats.hedges == 2
 
 
-async def test_a_backward_that_fails_goes_to_the_replica_with_its_inputs_and_is_voided_where_it_failed() -> None:
+async def test_a_backward_that_fails_goes_to_the_replica_with_its_inputs_and_counts_there_alone() -> None:
     quiet, _, quiet_hosts, _ = swarm_of(1)
     result = await forward(quiet)
     expected = await quiet.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
@@ -240,13 +242,13 @@ async def test_a_backward_that_fails_goes_to_the_replica_with_its_inputs_and_is_
     transport.lost_answer = lambda method, peer: None
     await swarm.commit(0, 64)
     await settle(swarm, favourite)
-    voided = {peer: call.void for method, peer, call in transport.log if method == "commit"}
-    assert voided == {favourite: (one.call.call_id,), other: ()}
-    assert (swarm.stats.voided_calls, swarm.stats.void_failures) == (1, 0)
+    named = {peer: call.calls for method, peer, call in transport.log if method == "commit"}
+    (moved,) = [call for method, peer, call in transport.log if method == "backward" and peer == other]
+    assert named == {favourite: (), other: (moved.call_id,)}
     # The one counts it as the undisturbed host does, the other not at all: as one that never heard of it.
     untouched = ExpertHost(make_banks(RUN, EXPERTS))
-    for host in (quiet_hosts["p0"], untouched):
-        host.commit(CommitCall(trainer="t", step=0, tokens=64))
+    await quiet.commit(0, 64)
+    untouched.commit(CommitCall(trainer="t", step=0, tokens=64))
     for host, like in ((hosts[other], quiet_hosts["p0"]), (hosts[favourite], untouched)):
         state, expected_state = host.fetch(0, []), like.fetch(0, [])
         assert all(torch.equal(state[name], value) for name, value in expected_state.items())
@@ -266,12 +268,14 @@ async def test_of_a_hedged_backward_only_the_used_answer_counts() -> None:
     assert dx_TD.any()
     assert (swarm.stats.hedges, swarm.stats.hedges_won) == (1, 1)
     await swarm.commit(0, 64)
-    voided = {peer: call.void for method, peer, call in transport.log if method == "commit"}
-    assert voided.pop(favourite) == (one.call.call_id,)
-    assert list(voided.values()) == [()]
+    named = {peer: call.calls for method, peer, call in transport.log if method == "commit"}
+    assert one.call.call_id not in named[favourite]
+    (other,) = set(named) - {favourite}
+    (moved,) = [call for method, peer, call in transport.log if method == "backward" and peer == other]
+    assert named[other] == (moved.call_id,)
 
 
-async def test_a_gradient_that_nobody_acknowledged_is_voided_and_counted_as_lost() -> None:
+async def test_a_gradient_that_nobody_acknowledged_does_not_count_and_is_counted_as_lost() -> None:
     swarm, transport, _, _ = swarm_of(1)
     result = await forward(swarm)
     transport.lost_answer = lambda method, peer: CallFailure.LATE
@@ -282,7 +286,20 @@ async def test_a_gradient_that_nobody_acknowledged_is_voided_and_counted_as_lost
     await swarm.commit(0, 64)
     await settle(swarm, "p0")
     (commit,) = [call for method, _, call in transport.log if method == "commit"]
-    assert commit.void == (result.answered[0].call.call_id,)  # type: ignore[attr-defined]
+    assert commit.calls == ()  # type: ignore[attr-defined]
+    await swarm.close()
+
+
+async def test_what_a_peer_did_not_count_is_an_event_and_lost() -> None:
+    swarm, transport, hosts, _ = swarm_of(1)
+    result = await forward(swarm)
+    await swarm.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
+    for call_id in list(hosts["p0"]._staging._calls):
+        hosts["p0"]._staging._drop(call_id)
+    await swarm.commit(0, 64)
+    assert swarm.stats.lost_gradient_pairs == IDS_TK.numel()
+    (event,) = transport.events
+    assert (event.what, event.peer, event.pairs, event.action) == ("gradient_gone", "p0", IDS_TK.numel(), "left_out")
     await swarm.close()
 
 

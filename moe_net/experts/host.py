@@ -260,8 +260,10 @@ class ExpertHost:
     def _run_backward(self, call: BackwardCall) -> BackwardAnswer:
         bank = self._banks[call.layer]
         facts = backward_facts(call, self.shape.d_model)
-        resent_bytes = 0 if call.rows is None else _rows_bytes(call.rows)
-        found = self._staging.find(call.call_id, facts, call.rows, call.grad_RD.nbytes + resent_bytes)
+        input_bytes = 0 if call.rows is None else _rows_bytes(call.rows)
+        found = self._staging.find(
+            call.call_id, facts, call.rows, input_bytes=input_bytes, grad_bytes=call.grad_RD.nbytes
+        )
         part = self._part(0, found.facts, found.inputs)
         merged = merge([part])
         dx_RD, dgate_RK, work, most = bank.backward(

@@ -173,10 +173,10 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         return True
 
     def find(
-        self, call_id: bytes, facts: CallFacts, resent: InputsT | None, row_bytes: int
+        self, call_id: bytes, facts: CallFacts, resent: InputsT | None, *, input_bytes: int, grad_bytes: int
     ) -> Staged[InputsT, GradT, ExtraT]:
-        """The call of a Backward that brings `facts`, and perhaps its inputs again; the grad of one that was staged
-        before is there. There is room to stage it with its gradient, `row_bytes` in all.
+        """The call of a Backward that brings `facts`, a gradient of `grad_bytes`, and perhaps its inputs again, of
+        `input_bytes`. There is room to stage it.
 
         StaleStepError: its step was committed. WireError: it contradicts what is known of the id. InputsGoneError: no
         inputs here, and none sent. BusyError: no room.
@@ -192,13 +192,12 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         if known is None and resent is None:
             raise InputsGoneError(f"call {call_id.hex()} is not known here, or its inputs are gone: send them along")
         self._check_trainer_room(facts.trainer)
-        there = 0 if known is None else known.row_bytes
-        needed = row_bytes + ENTRY_OVERHEAD_BYTES - there
-        if needed > 0:
-            self._make_room(needed, facts.trainer, but=call_id)
         if known is not None:
+            if known.grad is None:
+                self._make_room(grad_bytes, facts.trainer, but=call_id)
             return known
         assert resent is not None
+        self._make_room(input_bytes + grad_bytes + ENTRY_OVERHEAD_BYTES, facts.trainer, but=call_id)
         return Staged(facts=facts, inputs=resent)
 
     def stage(self, call_id: bytes, call: Staged[InputsT, GradT, ExtraT], grad: GradT, row_bytes: int) -> None:

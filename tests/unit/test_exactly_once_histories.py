@@ -31,7 +31,7 @@ from moe_net.types import ExpertShape
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitAnswer, CommitCall, ForwardCall, RoutedRows
 
 D, F, N_EXPERTS, LAYERS = 4, 3, 3, (0, 2)
-BATCH_TOKENS = 8
+BATCH_TOKENS = 9
 HOSTS = (0, 1)
 FATES = st.sampled_from(["answered", "answered", "request lost", "reply lost", "delayed", "twice"])
 
@@ -195,7 +195,9 @@ class Histories(RuleBasedStateMachine):
     )  # fmt: skip
     def forward(self, data: st.DataObject, host: int, layer: int, n_rows: int, fate: str | None, twice: bool) -> None:
         """Perhaps two, and, unless `fate` is None, the first try of the Backward."""
-        trainer = data.draw(st.sampled_from(self.trainers))
+        self._forward(data.draw(st.sampled_from(self.trainers)), host, layer, n_rows, fate, twice=twice)
+
+    def _forward(self, trainer: Trainer, host: int, layer: int, n_rows: int, fate: str | None, *, twice: bool) -> None:
         number = next(self.numbers)
         draw = random.Random(number)
         experts = [draw.sample(range(N_EXPERTS), draw.randint(1, 2)) for _ in range(n_rows)]
@@ -218,6 +220,15 @@ class Histories(RuleBasedStateMachine):
         trainer.open.append(call)
         if fate is not None:
             self.send(host, call, fate)
+
+    @rule(data=st.data(), host=st.sampled_from(HOSTS), order=st.permutations(range(4)))
+    def everybody_ends_a_step(self, data: st.DataObject, host: int, order: list[int]) -> None:
+        """After a call each, so that one batch has commits of all, which come in any order."""
+        for trainer in self.trainers:
+            self._forward(trainer, host, 0, 3, "answered", twice=False)
+        for n in order:
+            if n < len(self.trainers):
+                self._commit(self.trainers[n], 3, set(HOSTS))
 
     @precondition(lambda self: any(call.used is None for t in self.trainers for call in t.open))
     @rule(data=st.data(), fate=FATES, elsewhere=st.booleans())
@@ -244,10 +255,12 @@ class Histories(RuleBasedStateMachine):
         host, message = self.delayed[n] if keep else self.delayed.pop(n)
         self.deliver(host, message)
 
-    @rule(data=st.data(), tokens=st.sampled_from([0, 1, 3, BATCH_TOKENS]), hear=st.sets(st.sampled_from(HOSTS)))
+    @rule(data=st.data(), tokens=st.sampled_from([0, 2, 3, 3, BATCH_TOKENS]), hear=st.sets(st.sampled_from(HOSTS)))
     def commit(self, data: st.DataObject, tokens: int, hear: set[int]) -> None:
         """The trainer ends its step. Hosts in `hear` hear of it, and of all that they were owed, now; others later."""
-        trainer = data.draw(st.sampled_from(self.trainers))
+        self._commit(data.draw(st.sampled_from(self.trainers)), tokens, hear)
+
+    def _commit(self, trainer: Trainer, tokens: int, hear: set[int]) -> None:
         for host in HOSTS:
             calls = {call.id: call for call in trainer.open if call.used == host}
             commit = CommitCall(trainer=trainer.name, step=trainer.step, tokens=tokens, calls=tuple(calls))
@@ -303,6 +316,8 @@ class Histories(RuleBasedStateMachine):
             held = sum(one.n_bytes for layer in host._committed.values() for one in layer.values())
             assert staging.held_bytes == held
             assert staging.n_bytes == held + sum(call.n_bytes for call in staging._calls.values())
+            for call in staging._calls.values():
+                assert call.facts.step > staging.last_committed_step(call.facts.trainer), "nobody can name it any more"
             staged = {name: t.staged_bytes for name, t in staging._trainers.items() if t.staged_bytes}
             summed: defaultdict[str, int] = defaultdict(int)
             for call in staging._calls.values():

@@ -424,14 +424,15 @@ class ExpertServer:
         if call.rows is not None:
             self._check_inputs(call.layer, call.rows)
         width = call.grad_RD.shape[1]
-        if width != self._run.model.d_model:  # before a GPU's kernels are made for it: for 2**18 columns over 20 s
-            raise WireError(f"grad: rows of {width} columns, the run has d_model={self._run.model.d_model}")
+        expected = self._host.shape.d_model
+        if width != expected:  # before a GPU's kernels are made for it: for 2**18 columns over 20 s
+            raise WireError(f"grad: rows of {width} columns, the run has expert_width={expected}")
         return call
 
     def _check_inputs(self, layer: int, rows: RoutedRows) -> None:
         if layer not in self._layers:
             raise UnknownExpertError(f"layer {layer} is not hosted here")
-        check_rows(rows, d_model=self._run.model.d_model, n_experts=self._run.model.n_experts)
+        check_rows(rows, width=self._host.shape.d_model, n_experts=self._run.model.n_experts)
         self._host.check_cost(rows)
 
     def _describe(self) -> expert_pb2.InfoReply:

@@ -139,11 +139,15 @@ async def _serve(config: ServeConfig) -> None:
         log.info(
             "serving %d experts (%s) of run %s at %s", len(experts), describe(experts), run.name, announcer.address
         )
-        keeping = asyncio.gather(keep_manifest(discovery, to_json(run)), say_what_is_served(lambda: server.served))
+        keeping = (
+            asyncio.create_task(keep_manifest(discovery, to_json(run))),
+            asyncio.create_task(say_what_is_served(lambda: server.served)),
+        )
         try:
             await server.failed()
         finally:
-            keeping.cancel()
+            for task in keeping:
+                task.cancel()
             log.info("leaving: withdraw, finish what runs (%.0f s at most), stop", config.grace_s)
             await asyncio.gather(announcer.close(), server.leave(grace_s=config.grace_s))
 

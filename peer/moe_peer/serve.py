@@ -139,10 +139,10 @@ async def _serve(config: ServeConfig) -> None:
         log.info(
             "serving %d experts (%s) of run %s at %s", len(experts), describe(experts), run.name, announcer.address
         )
-        keeping = [
+        keeping = (
             asyncio.create_task(keep_manifest(discovery, to_json(run))),
             asyncio.create_task(say_what_is_served(lambda: server.served)),
-        ]
+        )
         try:
             await server.failed()
         finally:

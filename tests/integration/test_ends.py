@@ -29,8 +29,9 @@ from moe_peer.checkpoint import read_meta, saved_versions
 from moe_peer.config import HealthConfig
 from moe_peer.health import run_health
 
-PROGRAMS = ("local", "local with faults", "train", "serve", "coordinator")
-"""In the order in which they end here: of the last three, who uses others goes before them."""
+MEMBERS = ("train", "serve", "coordinator")
+"""In the order in which they end here: who uses others goes before them."""
+SWARMS = ("local", "local with faults")
 ENDS = ("Ctrl-C", "SIGTERM", "SIGHUP", "terminal closed", "pipe closed", "full disk", "SIGKILL")
 SCREENS: dict[str, Screen] = {"Ctrl-C": "terminal", "terminal closed": "terminal", "full disk": "disk"}
 """What a program that ends so has for a screen; the others have a pipe."""
@@ -257,15 +258,20 @@ TABLE: dict[tuple[str, str], Expected] = {
 
 
 async def test_no_cell_is_empty() -> None:
-    assert set(TABLE) == set(product(ENDS, PROGRAMS))
+    assert set(TABLE) == set(product(ENDS, (*MEMBERS, *SWARMS)))
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-async def test_how_a_program_ends(how: str, program: str, cases: Mapping[str, Case]) -> None:
-    case, expected = cases[program], TABLE[how, program]
+@pytest.mark.parametrize("program", [*MEMBERS, *SWARMS])
+async def test_how_a_program_ends(program: str, cells: Mapping[str, asyncio.Task[None]]) -> None:
+    await cells[program]
+
+
+async def check(how: str, program: str, case: Case) -> None:
+    expected = TABLE[how, program]
+    await case.due(how)
     case.program.remember_family()
     await end(case, how)
-    code = await case.program.ended(within_s=3 * LEAVE_S if program.startswith("local") else LEAVE_S)
+    code = await case.program.ended(within_s=3 * LEAVE_S if program in SWARMS else LEAVE_S)
     screen = case.program.screen
     assert code == expected.code, screen
     assert "Traceback" not in screen
@@ -286,18 +292,30 @@ def how(request: pytest.FixtureRequest) -> str:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cases(how: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mapping[str, Case]]:
-    """All programs, started at the same time: they wait for each other's imports less than for their own."""
+async def cells(how: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mapping[str, asyncio.Task[None]]]:
+    """Program -> its `check`, which is over. All are started at the same time, and each ends as soon as it is due: a
+    trainer takes what there is of processors from those that start still."""
     folder = tmp_path_factory.mktemp("ends")
     (folder / "run.toml").write_text(to_toml(RUN))
     (folder / "faults.toml").write_text(FAULTS)
-    cases: dict[str, Case] = {}
     async with AsyncExitStack() as stack:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(start_members(how, folder, stack, cases))
-            for program in ("local", "local with faults"):
-                tasks.create_task(start_local(how, program, folder, stack, cases))
-        yield cases
+        members = asyncio.create_task(start_members(how, folder, stack))
+
+        async def member(program: str, before: asyncio.Task[None] | None) -> None:
+            case = (await members)[program]
+            if before is not None:
+                await asyncio.wait([before])
+            await check(how, program, case)
+
+        async def swarm(program: str) -> None:
+            await check(how, program, await start_local(how, program, folder, stack))
+
+        checks = {program: asyncio.create_task(swarm(program)) for program in SWARMS}
+        before = None
+        for program in MEMBERS:
+            checks[program] = before = asyncio.create_task(member(program, before))
+        await asyncio.wait(checks.values())
+        yield checks
 
 
 async def start(how: str, argv: tuple[str, ...], stack: AsyncExitStack, tmp: Path) -> Program:
@@ -311,7 +329,7 @@ def temporary(stack: AsyncExitStack) -> Path:
     return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-")))
 
 
-async def start_members(how: str, folder: Path, stack: AsyncExitStack, cases: dict[str, Case]) -> None:
+async def start_members(how: str, folder: Path, stack: AsyncExitStack) -> Mapping[str, Case]:
     """A coordinator, a peer with all experts, and a trainer, each on a screen of its own."""
     tmp, config = temporary(stack), folder / "run.toml"
     outs = {name: folder / name for name in ("coordinator", "serve", "train")}
@@ -336,11 +354,10 @@ async def start_members(how: str, folder: Path, stack: AsyncExitStack, cases: di
     }
     for case in members.values():
         case.watcher, case.peer_id = watcher, str(serving["peer_id"])
-        await case.due(how)
-    cases |= members
+    return members
 
 
-async def start_local(how: str, program: str, folder: Path, stack: AsyncExitStack, cases: dict[str, Case]) -> None:
+async def start_local(how: str, program: str, folder: Path, stack: AsyncExitStack) -> Case:
     tmp, out = temporary(stack), folder / program
 
     def command(steps: int, *source: object) -> tuple[str, ...]:
@@ -351,9 +368,7 @@ async def start_local(how: str, program: str, folder: Path, stack: AsyncExitStac
         )  # fmt: skip
 
     running = await start(how, command(FOR_EVER, "--config", folder / "run.toml"), stack, tmp)
-    case = Case(
+    return Case(
         program=running, out=trainer_folder(out, 0), tmp=tmp, checkpoint_every=100,
         again=lambda steps: command(steps, "--resume", out),
     )  # fmt: skip
-    await case.due(how)
-    cases[program] = case

@@ -116,7 +116,7 @@ def report(contestants: list[Contestant]) -> int:
         rows.append(
             [c.name, *(f"{1e3 * c.quantile_s(q):.0f}" for q in (0.5, 0.9, 0.99)), f"{1e3 * max(c.steps_s):.0f}",
              f"{c.calls_per_step:.2f}", str(stats.hedges), str(stats.hedges_won), str(stats.dropped_pairs),
-             str(stats.lost_gradient_pairs), f"{stats.voided_calls}/{stats.void_failures}"]
+             str(stats.lost_gradient_pairs)]
         )  # fmt: skip
     print_table(
         [
@@ -130,7 +130,6 @@ def report(contestants: list[Contestant]) -> int:
             "won",
             "dropped",
             "lost",
-            "voided/not",
         ],
         rows,
     )

@@ -47,6 +47,7 @@ class ExpertShape:
     """Sizes of one expert FFN: `d_model -> d_ff -> d_model`."""
 
     d_model: int
+    """Width of the rows that the expert takes and gives: the run's `expert_width`, which need not be the trunk's."""
     d_ff: int
     activation: Activation = Activation.SWIGLU
 

@@ -7,7 +7,6 @@ H columns of the first projection (2F for SwiGLU: gate then up; F for GELU).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -15,8 +14,10 @@ import torch
 from torch import Tensor
 
 from moe_net.errors import CheckpointError
+from moe_net.experts.calls import BankCall, Batch, Commit, Reusable, gradient_bound
 from moe_net.experts.checks import pairs_bytes
 from moe_net.experts.init import init_expert
+from moe_net.experts.learned import Learned
 from moe_net.experts.lineage import Lineage
 from moe_net.experts.update import StackedAdamW
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward, moe_ffn_weight_grads
@@ -42,57 +43,13 @@ def memory_bytes(n_experts: int, shape: ExpertShape, *, compute_bytes: int = 0) 
 
 
 AT_ONCE_BYTES = 512 * 2**20
-"""On a CPU more rows than take so much (`checks.pairs_bytes`) run one part after the other, unless pre-activations
-are kept. Products of so many rows gain nothing by still more."""
+"""On a CPU more rows than take so much (`checks.pairs_bytes`) run one part after the other, for products of so many
+rows gain nothing by still more."""
 
 
 def _copy(value: Tensor) -> Tensor:
     """On the CPU, with memory of its own in the order of its indices, whatever a device keeps it in."""
     return torch.clone(value, memory_format=torch.contiguous_format).cpu()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Reusable:
-    """What a forward left for its backward, or that for the weights' gradients, and the state of the weights and of
-    the experts that run, to which it belongs."""
-
-    kernel: Saved | Work
-    generation: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.kernel.nbytes
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BankCall:
-    """One call whose weights' gradients count."""
-
-    dy_RD: Tensor
-    x_RD: Tensor
-    slots_RK: Tensor
-    gates_RK: Tensor
-    reusable: Reusable | None = None
-
-
-Commit = Sequence[BankCall]
-"""The calls that one commit named, of one layer."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Batch:
-    """What the experts of one bank shall step on."""
-
-    commits: Sequence[Commit]
-    base: WeightGrads | None
-    """Sums to begin with."""
-    rows_E: tuple[int, ...]
-    """Pairs that all of it is of."""
-    tokens: int
-    grads: WeightGrads | None = None
-    """The sums, once they are made."""
-    filled_E: tuple[bool, ...] = ()
-    """Experts that they hold anything of."""
 
 
 class ExpertBank:
@@ -154,17 +111,14 @@ class ExpertBank:
             self._compute = ExpertWeights(w_in_EDH.to(compute_dtype), w_out_EFD.to(compute_dtype), shape.activation)
         self._graphed = GraphedExperts(self._compute) if on_gpu else None
         self._at_once_bytes = at_once_bytes
-        self._clock = 0
         self._generation = 0  # of the weights: counts everything that changes what a call gives
         self._base: WeightGrads | None = None
         """Sums of the next step that were made before their batch is complete, or came with a state."""
         self._base_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
         self._spare: list[WeightGrads] = []
-        # Pairs (row, expert) that were ever stepped on here.
-        self._stepped_rows_E = torch.zeros(len(self.indices), dtype=torch.int64)
         self.broken: frozenset[int] = frozenset()
         """Indices of experts whose weights are not finite: no call runs on them until they are replaced."""
-        self._lineages = [Lineage(own=origin)] * len(self.indices)
+        self._learned = Learned(self.indices, origin)
 
     @property
     def device(self) -> torch.device:
@@ -183,12 +137,12 @@ class ExpertBank:
     def clock(self) -> int:
         """Steps of the run that this bank knows to be over. States of replicas may be ahead of it, when these have
         heard of commits that we have not: what they have made is not made again when the commits come."""
-        return self._clock
+        return self._learned.clock
 
     @property
     def lineages(self) -> dict[int, Lineage]:
         """Expert index -> what its weights have learned, and from whom."""
-        return dict(zip(self.indices, self._lineages, strict=True))
+        return dict(zip(self.indices, self._learned.lineages, strict=True))
 
     def slots(self, expert_index: Tensor) -> Tensor:
         """int32 slots of the same shape, of indices on the CPU; -1 for one that is not hosted here, or broken."""
@@ -253,8 +207,8 @@ class ExpertBank:
     def backward(
         self, dy_RD: Tensor, x_RD: Tensor, slots_RK: Tensor, gates_RK: Tensor, saved: Reusable | None
     ) -> tuple[Tensor, Tensor, Reusable | None, float | Tensor]:
-        """(dx [R, D] where x is, dgates [R, K] where the experts are, what `BankCall` can use again, a bound of the norm
-        of the weights' gradients) of the same forward.
+        """(dx [R, D] where x is, dgates [R, K] where the experts are, what `BankCall` can use again, a bound of the
+        norm of the weights' gradients) of the same forward.
 
         Of a `saved` that is older than the weights nothing is used: all gradients belong to the weights of now.
         """
@@ -273,7 +227,7 @@ class ExpertBank:
         assert dx_RD is not None
         assert work is not None
         n_pairs = int((slots_RK.numpy() >= 0).sum())
-        most = _most(self._rows(dy), x, gates, work, n_pairs)
+        most = gradient_bound(self._rows(dy), x, gates, work, n_pairs)
         return dx_RD.to(x_RD), dgates_RK.to(gates_RK.dtype), Reusable(work, self._generation), most
 
     def _usable(self, reusable: Reusable | None, kind: type[KernelT]) -> KernelT | None:
@@ -353,7 +307,7 @@ class ExpertBank:
         batch = Batch(commits=commits, base=self._base, rows_E=tuple(rows_E.tolist()), tokens=tokens)
         self._base = None
         self._base_rows_E = torch.zeros_like(self._base_rows_E)
-        self._clock += 1
+        self._learned.clock += 1
         self.committed_tokens = 0
         return batch
 
@@ -370,19 +324,7 @@ class ExpertBank:
 
     def shares(self, batch: Batch, indices: Collection[int]) -> dict[int, ExpertShare]:
         """Copies of those of the batch's sums that hold anything, for replicas; on the CPU."""
-        if not indices:
-            return {}
-        grads = self.make(batch)
-        shares: dict[int, ExpertShare] = {}
-        for slot, filled in enumerate(batch.filled_E):
-            if not filled or self.indices[slot] not in indices:
-                continue
-            g_in, g_out = (_copy(grad[slot].float()) for grad in grads)
-            if bool(g_in.isfinite().all()) and bool(g_out.isfinite().all()):
-                shares[self.indices[slot]] = ExpertShare(
-                    rows=batch.rows_E[slot], rows_before=int(self._stepped_rows_E[slot]), g_in=g_in, g_out=g_out
-                )
-        return shares
+        return self._learned.shares(batch, self.make(batch), indices) if indices else {}
 
     def step(
         self, batch: Batch, shares: Mapping[int, Mapping[int, ExpertShare]] | None = None, *, clock: int = 0
@@ -392,49 +334,13 @@ class ExpertBank:
 
         `clock`: as replicas have it with this step. Who joined later has not heard of all commits, and never will.
         """
-        self._clock = max(self._clock, min(clock, max(self._optimizer.versions) + 1))
         try:
-            self._step_on(batch, {self._slot_of[index]: parts for index, parts in (shares or {}).items()})
+            self._learned.step(self._optimizer, batch, self.make(batch), shares or {}, clock, broken=self.broken)
         finally:
             if batch.grads is not None:
                 self._use_again(batch.grads)
                 batch.grads = None
             self._weights_changed()
-
-    def _step_on(self, batch: Batch, parts_of: Mapping[int, Mapping[int, ExpertShare]]) -> None:
-        """With the parts of replicas by slot."""
-        grads = self.make(batch)
-        if parts_of:
-            grads = WeightGrads(*(grad.float() for grad in grads))
-        for slot, parts in parts_of.items():
-            self._add_shares(grads, batch.filled_E[slot], slot, parts)
-        # Those that a replica has brought to this step already have nothing to make up for.
-        still = {
-            slot
-            for slot, version in enumerate(self._optimizer.versions)
-            if (version >= self._clock and not batch.filled_E[slot] and not parts_of.get(slot))
-            or self.indices[slot] in self.broken
-        }
-        # Not of an expert whose sum was not finite: it has learned nothing from those rows.
-        for slot in self._optimizer.step(batch.tokens, grads, still=still, latest=self._clock):
-            self._stepped_rows_E[slot] += batch.rows_E[slot]
-            version, lineage = self._optimizer.versions[slot], self._lineages[slot]
-            lineage = lineage.plus(self.origin, batch.rows_E[slot], version)
-            for origin, share in parts_of.get(slot, {}).items():
-                # A lineage says how many of an origin's rows, from its first: not so if we lack some before these.
-                if lineage.rows_of(origin) == share.rows_before:
-                    lineage = lineage.plus(origin, share.rows, version)
-            self._lineages[slot] = lineage
-
-    def _add_shares(self, grads: WeightGrads, filled: bool, slot: int, parts: Mapping[int, ExpertShare]) -> None:
-        """In the order of origins, ours among them: addition of floats is not associative."""
-        for which, own in enumerate(grads):
-            terms = {origin: (share.g_in, share.g_out)[which] for origin, share in parts.items()}
-            if filled:
-                terms[self.origin] = own[slot].clone()
-            own[slot].zero_()
-            for _, term in sorted(terms.items(), key=lambda one: one[0]):
-                own[slot].add_(term.to(own.device))
 
     def find_broken(self) -> frozenset[int]:
         """Indices of experts whose weights are not finite, and were so far not known to be broken: from now on no call
@@ -486,8 +392,9 @@ class ExpertBank:
             for field, stack in stacks.items():
                 state[self._name(index, field)] = _copy(stack[slot])
             state[self._name(index, "version")] = torch.tensor(self._optimizer.versions[slot])
-            if self._lineages[slot].seen:
-                state[self._name(index, LINEAGE_FIELD)] = self._lineages[slot].to_tensor()
+            lineage = self._learned.lineages[slot]
+            if lineage.seen:
+                state[self._name(index, LINEAGE_FIELD)] = lineage.to_tensor()
             # Sums that are not finite make no step, and a snapshot with them would be refused as a whole.
             if sums is not None and all(bool(grad[slot].isfinite().all()) for grad in sums):
                 for field, stack in zip(SUM_FIELDS[:-1], sums, strict=True):
@@ -505,7 +412,7 @@ class ExpertBank:
         """
         untouched = self._generation == 0 and self.committed_tokens == 0
         loaded = self._put_state(state)
-        self._clock = max([self._clock, *(self.versions[index] for index in loaded)])
+        self._learned.clock = max([self._learned.clock, *(self.versions[index] for index in loaded)])
         committed_of = {index: int(state.get(self._name(index, "committed_tokens"), 0)) for index in loaded}
         if loaded and (untouched or len(loaded) == len(self.indices)):
             self.committed_tokens = max(committed_of.values())
@@ -533,8 +440,7 @@ class ExpertBank:
             for field, stack in stacks.items():
                 stack[slot].copy_(state[self._name(index, field)])
             self._optimizer.versions[slot] = int(state[self._name(index, "version")])
-            said = Lineage.from_tensor(state.get(self._name(index, LINEAGE_FIELD)), own=self.origin)
-            self._lineages[slot] = said.capped(self.origin, int(self._stepped_rows_E[slot])) if self.origin else said
+            self._learned.take_over(slot, state.get(self._name(index, LINEAGE_FIELD)))
         if self.broken.intersection(loaded):
             self._set_broken(self.broken.difference(loaded))
         self._weights_changed()
@@ -562,20 +468,3 @@ def _sum(a: WeightGrads | None, b: WeightGrads | None) -> WeightGrads | None:
     if a is None or b is None:
         return a or b
     return WeightGrads(*(one.float() + other for one, other in zip(a, b, strict=True)))
-
-
-def _most(dy_RD: Tensor, x_RD: Tensor, gates_RK: Tensor, work: Work, n_pairs: int) -> float | Tensor:
-    """A bound of the norm of each of a call's two weights' gradients, products of what is measured here; NaN if a part
-    of it is. On a GPU a tensor, which nobody waits for."""
-    if not n_pairs or not work.a:
-        return 0.0
-
-    def norm(values: Sequence[Tensor]) -> Tensor:
-        norms = [torch.linalg.vector_norm(value, dtype=torch.float32) for value in values]
-        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-
-    a, dh = (norm([block[:n_pairs] for block in blocks]) for blocks in (work.a, work.dh))
-    # With gates of 1 at least, for some backends have them in activations and gradients already.
-    gate = gates_RK.abs().amax().clamp(min=1)
-    bound = gate * gates_RK.shape[1] ** 0.5 * torch.maximum(norm([dy_RD]) * a, norm([x_RD]) * dh)
-    return bound if bound.is_cuda else float(bound)

@@ -5,22 +5,20 @@ R rows, D model width, K most experts of any row, P (row, expert) pairs; merged 
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moe_net.errors import BusyError, ExpertCallError, UnknownExpertError, WireError
-from moe_net.experts.bank import BankCall, Batch, ExpertBank, Reusable
+from moe_net.experts.bank import ExpertBank
+from moe_net.experts.calls import BankCall, Reusable
 from moe_net.experts.checks import backward_facts, check_cost, check_shapes, check_twin, forward_facts, some
+from moe_net.experts.commits import Book, Closed, Commits, Gradient
 from moe_net.experts.merging import Part, fitting, merge, split
 from moe_net.experts.staging import CallFacts, Staged, Staging
 from moe_net.kernels.promise import landed
@@ -34,47 +32,12 @@ from moe_net.wire.messages import (
     ForwardCall,
     RoutedRows,
 )
-from moe_net.wire.share import ExpertShare, Share
+from moe_net.wire.share import Share
 from moe_net.wire.state import experts_in, split_name
 
 log = logging.getLogger(__name__)
 
 MIB = 2**20
-
-
-MAX_GRADIENT = 1e15
-"""The largest norm that one call's weight gradient may have. Not even ten thousand calls of a batch make the norm of
-their sum infinite then, for which everybody's step would be skipped."""
-
-Book = Staging[RoutedRows, "Gradient", Reusable, CommitAnswer]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Gradient:
-    """What a Backward brought."""
-
-    grad_RD: Tensor
-    most: float | Tensor
-    """See `ExpertBank.backward`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Committed:
-    """A call that counts, for as long as its batch is not made."""
-
-    call: BankCall
-    n_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Closed:
-    """A step that is due."""
-
-    batch: bytes
-    """The same at every replica that closes it by the same commits."""
-    layers: Mapping[int, Batch]
-    held_bytes: int
-    """Of the calls that it is made of."""
 
 
 class ExpertHost:
@@ -107,15 +70,7 @@ class ExpertHost:
         self._staging: Book = staging or Staging(limit_bytes=stage_bytes)
         self._pairs_bytes = pairs_bytes
         self._clock = clock
-        self._open: set[int] = set()
-        """Layers whose step is closed but not made."""
-        self._due: dict[int, Batch] = {}
-        """Of each such layer whose step nobody else is asked for, the first forward layer first."""
-        self._due_bytes = 0
-        self._commits: list[tuple[str, int, int]] = []
-        """Commits (trainer, step, tokens) towards the next step."""
-        self._committed: dict[int, dict[tuple[str, int, int], _Committed]] = {layer: {} for layer in self._banks}
-        """Their calls of each layer, by trainer, step and position in the commit."""
+        self._commits = Commits(self._banks, self._staging, self._to_count)
 
     @property
     def experts(self) -> tuple[ExpertId, ...]:
@@ -160,7 +115,7 @@ class ExpertHost:
             try:
                 assert call.layer == calls[0].layer, "calls of several layers cannot be merged"
                 facts = forward_facts(call)
-                self._make_due(call.layer)
+                self._commits.make_due(call.layer)
                 self._staging.check_forward(call.call_id, facts)
                 part = self._part(position, facts, call.rows)
                 twin = parts.setdefault(call.call_id, part)
@@ -251,7 +206,7 @@ class ExpertHost:
             assert call.layer == calls[0].layer, "calls of several layers cannot be merged"
             try:
                 self._bank(call.layer)
-                self._make_due(call.layer)
+                self._commits.make_due(call.layer)
                 answers.append(self._run_backward(call))
             except (ExpertCallError, WireError) as error:
                 answers.append(error)
@@ -303,151 +258,37 @@ class ExpertHost:
     def begin_commit(self, call: CommitCall) -> tuple[CommitAnswer, Closed | None]:
         """As `commit`, but the step, if it is due, is left to `finish_commit`, or to `defer`. Other calls may come in
         between: they belong to the next step."""
-        if call.tokens < 0 or call.step < 0:
-            raise WireError(f"step and tokens must not be negative: {call.step}, {call.tokens}")
-        batch_tokens = min(bank.global_batch_tokens for bank in self._banks.values())
-        if call.tokens > batch_tokens:
-            raise WireError(
-                f"tokens: {call.tokens}, but the run's global_batch_tokens, of all trainers, is {batch_tokens}"
-            )
         self._staging.advance(self._clock())
-        taken = self._staging.commit(call.trainer, call.step, call.calls)
-        if taken is None:
-            before = self._staging.answer_of(call.trainer, call.step)
-            if before is not None:
-                return replace(before, repeated=True, committed_tokens=self.committed_tokens), None
-            answer = CommitAnswer(repeated=True, stepped=False, committed_tokens=self.committed_tokens)
-            return answer, None
-        too_large: list[bytes] = []
-        for position, (call_id, staged) in enumerate(taken.calls.items()):
-            assert staged.grad is not None
-            if not float(staged.grad.most) <= MAX_GRADIENT:  # NaN is not either
-                too_large.append(call_id)
-                self._staging.let_go(staged.n_bytes)
-                continue
-            self._committed[staged.facts.layer][call.trainer, call.step, position] = self._to_count(staged)
-        if too_large:
-            log.warning("%d calls of %r are left out: their gradients are not finite", len(too_large), call.trainer)
-        if call.tokens:  # one without tokens closes nothing, and there may be any number of them
-            self._commits.append((call.trainer, call.step, call.tokens))
-        for bank in self._banks.values():
-            bank.committed_tokens += call.tokens
-        closed = self._close() if self.committed_tokens >= batch_tokens else None
-        answer = CommitAnswer(
-            repeated=False,
-            stepped=closed is not None,
-            committed_tokens=self.committed_tokens,
-            missing=taken.missing,
-            not_finite=tuple(too_large),
-        )
-        self._staging.note_answer(call.trainer, answer)
-        if closed is None and self._staging.held_bytes > self._staging.limit_bytes // 2:
-            for layer in self._banks:
-                self._fold(layer)
-        return answer, closed
+        return self._commits.begin(call)
 
-    def _to_count(self, staged: Staged[RoutedRows, Gradient, Reusable]) -> _Committed:
-        assert staged.grad is not None
-        merged = merge([self._part(0, staged.facts, staged.inputs)])
-        call = BankCall(staged.grad.grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, staged.extra)
-        return _Committed(call=call, n_bytes=staged.n_bytes)
+    def share(self, closed: Closed, shared: Collection[ExpertId]) -> Share:
+        """Our part of a step, for the replicas that make it as well: of the experts in `shared`."""
+        return self._commits.share(closed, shared, self.origin)
 
-    def _in_order(self, layer: int) -> list[list[BankCall]]:
-        """The layer's calls that count, of each commit, in an order that does not depend on when they came."""
-        in_order = sorted(self._committed[layer].items(), key=lambda item: item[0])
-        return [
-            [committed.call for _, committed in of_commit]
-            for _, of_commit in itertools.groupby(in_order, key=lambda item: item[0][:2])
-        ]
+    def finish_commit(self, closed: Closed, shares: Sequence[Share] = ()) -> None:
+        """The step, on our calls and on what replicas add to them; `shares` of no experts but those hosted here.
 
-    def _take_committed(self, layer: int) -> tuple[list[list[BankCall]], int]:
-        """The layer's commits, which are the caller's now, and their bytes."""
-        commits, held_bytes = self._in_order(layer), sum(one.n_bytes for one in self._committed[layer].values())
-        self._committed[layer].clear()
-        return commits, held_bytes
-
-    def _fold(self, layer: int) -> None:
-        """Sums in the place of rows: of a batch larger than what there is room for. What it adds up to depends then on
-        which commits came first."""
-        self._make_due(layer)
-        commits, held_bytes = self._take_committed(layer)
-        self._banks[layer].fold(commits)
-        self._staging.let_go(held_bytes)
-
-    def _close(self) -> Closed:
-        self.make_all_due()
-        layers: dict[int, Batch] = {}
-        held_bytes = 0
-        for layer, bank in self._banks.items():
-            commits, n_bytes = self._take_committed(layer)
-            layers[layer] = bank.close(commits, bank.committed_tokens)
-            held_bytes += n_bytes
-        self._open.update(layers)
-        batch, self._commits = hashlib.sha256(json.dumps(sorted(self._commits)).encode()).digest(), []
-        return Closed(batch=batch, layers=layers, held_bytes=held_bytes)
+        Raises what a layer's step raises, once every layer has had its turn: the step is over in any case.
+        """
+        self._commits.finish(closed, shares, self.origin)
 
     def defer(self, closed: Closed) -> None:
         """A step without replicas: each layer makes it before anything else happens there, or when `make_next` has its
         turn. The first layers come first, for the next forward needs them first."""
-        self._due = dict(closed.layers)
-        self._due_bytes = closed.held_bytes
+        self._commits.defer(closed)
 
     def make_next(self) -> bool:
         """Make the first layer's step that is due; whether more are."""
-        if self._due:
-            self._make_due(next(iter(self._due)))
-        return bool(self._due)
-
-    def _make_due(self, layer: int) -> None:
-        batch = self._due.pop(layer, None)
-        if batch is None:
-            return
-        try:
-            self._finish_layer(layer, batch, {}, 0)
-        finally:
-            if not self._due:
-                self._staging.let_go(self._due_bytes)
-                self._due_bytes = 0
+        return self._commits.make_next()
 
     def make_all_due(self) -> None:
         """Every layer's."""
-        while self.make_next():
-            pass
+        self._commits.make_all_due()
 
-    def share(self, closed: Closed, shared: Collection[ExpertId]) -> Share:
-        """Our part of a step, for the replicas that make it as well: of the experts in `shared`."""
-        experts: dict[ExpertId, ExpertShare] = {}
-        for layer, batch in closed.layers.items():
-            shares = self._banks[layer].shares(batch, {expert.index for expert in shared if expert.layer == layer})
-            experts |= {ExpertId(layer, index): share for index, share in shares.items()}
-        clock = max(self._banks[layer].clock for layer in closed.layers)
-        return Share(origin=self.origin, clock=clock, experts=experts)
-
-    def finish_commit(self, closed: Closed, shares: Sequence[Share] = ()) -> None:
-        """The step, on our sums and on what replicas add to them; `shares` of no experts but those hosted here.
-
-        Raises what a layer's step raises, once every layer has had its turn: the step is over in any case.
-        """
-        # Of two that claim the same origin, one lies, or is ourselves.
-        parts = {share.origin: share.experts for share in shares if share.origin != self.origin}
-        clock = max((share.clock for share in shares), default=0)
-        with ExitStack() as steps:
-            steps.callback(self._staging.let_go, closed.held_bytes)
-            for layer, batch in reversed(list(closed.layers.items())):
-                steps.callback(self._finish_layer, layer, batch, parts, clock)
-
-    def _finish_layer(
-        self, layer: int, batch: Batch, parts: Mapping[int, Mapping[ExpertId, ExpertShare]], clock: int
-    ) -> None:
-        by_index: dict[int, dict[int, ExpertShare]] = {}
-        for origin, experts in parts.items():
-            for expert, share in experts.items():
-                if expert.layer == layer:
-                    by_index.setdefault(expert.index, {})[origin] = share
-        try:
-            self._banks[layer].step(batch, by_index, clock=clock)
-        finally:
-            self._open.discard(layer)
+    def _to_count(self, staged: Staged[RoutedRows, Gradient, Reusable]) -> BankCall:
+        assert staged.grad is not None
+        merged = merge([self._part(0, staged.facts, staged.inputs)])
+        return BankCall(staged.grad.grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, staged.extra)
 
     def continue_at(self, committed_tokens: int) -> None:
         """Between two steps: in every layer as many tokens are committed towards the next one as a replica says, whose
@@ -459,12 +300,14 @@ class ExpertHost:
         """Copies of the experts' state, all of the layer when `indices` is empty; `with_sums` as in `ExpertBank.state`.
         UnknownExpertError."""
         self.check_hosted(layer, indices)
-        self._make_due(layer)
+        self._commits.make_due(layer)
         bank = self._banks[layer]
-        state = bank.state(sorted(set(indices)) or None, committed=self._in_order(layer) if with_sums else None)
+        state = bank.state(sorted(set(indices)) or None, committed=self._commits.in_order(layer) if with_sums else None)
         if not all(_is_finite(value) for value in state.values() if value.is_floating_point()):
             self._note_broken(bank)
-            state = bank.state(sorted(set(indices)) or None, committed=self._in_order(layer) if with_sums else None)
+            state = bank.state(
+                sorted(set(indices)) or None, committed=self._commits.in_order(layer) if with_sums else None
+            )
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> int:
@@ -475,8 +318,8 @@ class ExpertHost:
             hosted = {str(ExpertId(layer, index)) for index in bank.indices}
             mine = {name: value for name, value in state.items() if split_name(name)[0] in hosted}
             if mine:
-                self._make_due(layer)
-                self._fold(layer)  # what was committed before is in their sums, or forgotten with them
+                self._commits.make_due(layer)
+                self._commits.fold(layer)  # what was committed before is in their sums, or forgotten with them
                 bank.load_state(mine)
                 loaded += len(experts_in(mine))
         return loaded
@@ -491,8 +334,8 @@ class ExpertHost:
         BusyError between `begin_commit` and `finish_commit`: a replica that has made this step has our rows of it in
         its state already, and our own step would add them once more.
         """
-        self._make_due(layer)
-        if layer in self._open:
+        self._commits.make_due(layer)
+        if layer in self._commits.open:
             raise BusyError(f"layer {layer} is in the middle of a step")
         self._bank(layer).replace_state(state)
 

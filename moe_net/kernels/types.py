@@ -150,8 +150,8 @@ class Backend(Protocol):
     def weight_grads(
         self, calls: Sequence[WeightCall], weights: ExpertWeights, *, into: WeightGrads | None = None
     ) -> WeightGrads:
-        """Sums over the calls, in their order; each at least one pair. In fp32, or in the weights' dtype. `into`: memory
-        of fp32 that may be used for them, whatever is in it."""
+        """Sums over the calls, in their order, which have a pair each at least. In fp32, or in the weights' dtype.
+        `into`: memory of fp32 that may be used for them, whatever is in it."""
         ...
 
     def backward(

@@ -73,6 +73,9 @@ class ModelConfig:
     """Experts of each MoE layer."""
     d_ff_expert: int = 128
     """Inner width of one expert."""
+    expert_width: int | None = None
+    """Width of the rows that experts see, and the wire carries; absent: `d_model`. Each MoE layer projects its tokens
+    to another width and back, in the trunk (LatentMoE, arXiv 2601.18089)."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
     """Of experts and dense FFNs."""
     moe_every: int = 1
@@ -90,11 +93,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff_dense",
-                     "n_experts", "d_ff_expert"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-            if getattr(self, name) > MAX_SIZE:
-                raise ValueError(f"{name}={getattr(self, name)} is more than {MAX_SIZE}")
+                     "n_experts", "d_ff_expert", "expert_width"):  # fmt: skip
+            size = getattr(self, name)
+            if size is None:
+                continue
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
+            if size > MAX_SIZE:
+                raise ValueError(f"{name}={size} is more than {MAX_SIZE}")
         if self.n_layers > MAX_LAYERS:
             raise ValueError(f"n_layers={self.n_layers} is more than {MAX_LAYERS}")
         if self.n_layers * self.n_experts > MAX_EXPERTS:
@@ -136,7 +142,8 @@ class ModelConfig:
 
     @property
     def expert_shape(self) -> ExpertShape:
-        return ExpertShape(d_model=self.d_model, d_ff=self.d_ff_expert, activation=Activation(self.activation))
+        width = self.d_model if self.expert_width is None else self.expert_width
+        return ExpertShape(d_model=width, d_ff=self.d_ff_expert, activation=Activation(self.activation))
 
     @property
     def expert_ids(self) -> tuple[ExpertId, ...]:

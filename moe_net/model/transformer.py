@@ -3,7 +3,8 @@
 B sequences, S positions, D model width, N query heads, G key/value heads, H head width, V vocabulary, F FFN width.
 
 Parameters of the trunk have the names that `Qwen3MoeForCausalLM` gives them (less the leading `model.`); an MoE block
-is whatever the factory returns, and has its router at `layers.<i>.mlp.router.weight`.
+is whatever the factory returns, and has its router at `layers.<i>.mlp.router.weight` and, where experts see another
+width than D, the projections to it and back below `layers.<i>.mlp.latent`.
 """
 
 # pyright: basic
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from moe_net.model.config import ModelConfig
 from moe_net.model.init import normal_
+from moe_net.model.latent import LatentProjections
 from moe_net.model.norm import RMSNorm, rope_tables, rotated_norms
 from moe_net.model.router import Router, Routing
 from moe_net.optim import OptimizerConfig
@@ -154,13 +156,14 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def trunk_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that is not an expert, routers included, by name."""
+        """Everything that is not an expert, by name: routers and projections around experts, too."""
         sparse = tuple(f"layers.{layer}.mlp." for layer in self.config.moe_layers)
-        routed = {id(router.weight) for router in self.routers()}
+        around = [module for module in self.modules() if isinstance(module, Router | LatentProjections)]
+        ours = {id(parameter) for module in around for parameter in module.parameters()}
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if not name.startswith(sparse) or id(parameter) in routed
+            if not name.startswith(sparse) or id(parameter) in ours
         }
 
     def parameter_groups(self, optimizer: OptimizerConfig, *, experts: bool = True) -> list[dict[str, object]]:

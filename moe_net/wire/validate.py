@@ -170,10 +170,10 @@ def check_call_id(call_id: bytes) -> None:
         raise WireError(f"call_id: {len(call_id)} bytes, must be {CALL_ID_BYTES}")
 
 
-def check_rows(rows: RoutedRows, *, d_model: int, n_experts: int) -> None:
+def check_rows(rows: RoutedRows, *, width: int, n_experts: int) -> None:
     """Rows that passed the codec fit this model: WireError for another width or an expert it does not have."""
-    if rows.x_RD.shape[1] != d_model:
-        raise WireError(f"x: rows of {rows.x_RD.shape[1]} columns, the run has d_model={d_model}")
+    if rows.x_RD.shape[1] != width:
+        raise WireError(f"x: rows of {rows.x_RD.shape[1]} columns, the run has expert_width={width}")
     highest = int(rows.expert_index_P.max())
     if highest >= n_experts:
         raise WireError(f"expert_index: {highest}, but each layer has n_experts={n_experts}")

@@ -184,7 +184,7 @@ class Replicator:
         return mean, divergence(ours, theirs)
 
     def _replace(self, layer: int, old: dict[str, Tensor], new: dict[str, Tensor]) -> bool:
-        # Other weights cost saved pre-activations and the journal's replay: not for nothing.
+        # Other weights cost what calls have left to be used again: not for nothing.
         changed = old.keys() != new.keys() or not all(torch.equal(value, new[name]) for name, value in old.items())
         if changed:
             self._host.replace_state(layer, new)

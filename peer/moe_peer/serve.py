@@ -150,13 +150,16 @@ async def _serve(config: ServeConfig) -> None:
             host, server.run_on_device, announcer, transport, who_hosts, partial(_from_checkpoint, config, run),
             own_id=identity.peer_id,
         )  # fmt: skip
-        keeping = asyncio.gather(
-            keep_manifest(discovery, to_json(run)), say_what_is_served(lambda: server.served), repair.run()
-        )
+        keeping = [
+            asyncio.create_task(keep_manifest(discovery, to_json(run))),
+            asyncio.create_task(say_what_is_served(lambda: server.served)),
+            asyncio.create_task(repair.run()),
+        ]
         try:
             await server.failed()
         finally:
-            keeping.cancel()
+            for task in keeping:
+                task.cancel()
             log.info("leaving: withdraw, finish what runs (%.0f s at most), stop", config.grace_s)
             await asyncio.gather(announcer.close(), server.leave(grace_s=config.grace_s))
 

@@ -75,10 +75,8 @@ LINGER_S = 2.0
 trainer that is stopped at the same moment gives its step at hand 1 s."""
 SPARING_WINDOWS = 32
 """Times what may come of a call before it is read, that a queue holds of a server that is sparing."""
-MAX_SHARES = 16
-"""Being sent at once."""
-SHARE_S = 3.0
-"""For one, its sending included."""
+MAX_SHARES, SHARE_S = 16, 3.0
+"""Being sent at once, and for one, its sending included."""
 CHUNK_TIMEOUT_S = 30.0
 """For a chunk of Fetch to be taken, or a piece of a call to come or be taken. Who does neither must not hold one of the
 few places."""
@@ -160,8 +158,7 @@ class ExpertServer:
             check = partial(check_device, str(host.device))
         self._device = DeviceThread(check=check)
         self.run_on_device = self._device.run
-        self.failed = self._device.failed
-        """Waits for DeviceError: the device computes no more."""
+        self.failed = self._device.failed  # waits for DeviceError: the device computes no more
         # One thread, so that reading large messages takes no more than one core from the experts.
         self._codec = DeviceThread("codec")
         self._batcher = Batcher(
@@ -424,14 +421,15 @@ class ExpertServer:
         if call.rows is not None:
             self._check_inputs(call.layer, call.rows)
         width = call.grad_RD.shape[1]
-        if width != self._run.model.d_model:  # before a GPU's kernels are made for it: for 2**18 columns over 20 s
-            raise WireError(f"grad: rows of {width} columns, the run has d_model={self._run.model.d_model}")
+        expected = self._host.shape.d_model
+        if width != expected:  # before a GPU's kernels are made for it: for 2**18 columns over 20 s
+            raise WireError(f"grad: rows of {width} columns, the run has expert_width={expected}")
         return call
 
     def _check_inputs(self, layer: int, rows: RoutedRows) -> None:
         if layer not in self._layers:
             raise UnknownExpertError(f"layer {layer} is not hosted here")
-        check_rows(rows, d_model=self._run.model.d_model, n_experts=self._run.model.n_experts)
+        check_rows(rows, width=self._host.shape.d_model, n_experts=self._run.model.n_experts)
         self._host.check_cost(rows)
 
     def _describe(self) -> expert_pb2.InfoReply:

@@ -244,7 +244,7 @@ async def test_a_gradient_of_another_width_never_reaches_the_device(
     async with serving_on_device() as (_, client, _):
         code, reason = await refused(client.stub.Backward(stock_backward(wide), timeout=60))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
-        assert reason == f"grad: rows of {n_columns} columns, the run has d_model={RUN.model.d_model}"
+        assert reason == f"grad: rows of {n_columns} columns, the run has expert_width={RUN.model.d_model}"
         assert not landed
 
 

@@ -15,9 +15,12 @@ from moe_net.wire.compress import payload_bytes
 OVERHEAD_BYTES_PER_CALL = 72
 
 
+@pytest.mark.parametrize("expert_width", [None, 6])
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "fp16", "int8"])
-def test_a_step_moves_one_row_per_token_and_server_each_way_and_eight_bytes_per_pair(wire: str) -> None:
-    run = replace(small_run(), wire=wire)
+def test_a_step_moves_one_row_per_token_and_server_each_way_and_eight_bytes_per_pair(
+    wire: str, expert_width: int | None
+) -> None:
+    run = replace(small_run(expert_width=expert_width), wire=wire)
     with remote_link(run, n_peers=3) as (link, transport):
         trainer = make_trainer(run, link)
         trainer.train_step()
@@ -25,7 +28,7 @@ def test_a_step_moves_one_row_per_token_and_server_each_way_and_eight_bytes_per_
             transport.traffic.sent_bytes, transport.traffic.received_bytes, transport.traffic.calls,
         )  # fmt: skip
     stats = link.swarm.stats
-    row = payload_bytes(1, run.model.d_model, Encoding.parse(wire))
+    row = payload_bytes(1, expert_width or run.model.d_model, Encoding.parse(wire))
     # Forward: x, a count per row, (expert, gate) per pair; the reply: y. Backward: g; the reply: dx, a gate gradient.
     expected_sent = stats.rows * (row + 4) + stats.routed_pairs * 8 + stats.rows * row
     expected_received = stats.rows * row + stats.rows * row + stats.routed_pairs * 4

@@ -40,15 +40,18 @@ def save(trainer: Trainer, link, folder: Path, run: RunConfig = RUN) -> Path:
     return save_checkpoint(folder, meta, trainer.model, trainer.optimizer, experts)
 
 
-def test_a_resumed_run_goes_on_to_the_bit_with_other_peers(tmp_path: Path) -> None:
-    with remote_link(RUN, n_peers=3) as (link, _):
-        trainer = make_trainer(RUN, link)
+@pytest.mark.parametrize(
+    "run", [RUN, replace(RUN, model=replace(RUN.model, expert_width=6))], ids=["", "narrow-experts"]
+)
+def test_a_resumed_run_goes_on_to_the_bit_with_other_peers(tmp_path: Path, run: RunConfig) -> None:
+    with remote_link(run, n_peers=3) as (link, _):
+        trainer = make_trainer(run, link)
         first = [trainer.train_step().loss for _ in range(6)]
-        path = save(trainer, link, tmp_path)
+        path = save(trainer, link, tmp_path, run)
         expected = [trainer.train_step().loss for _ in range(6)]
     # Everything is gone. New peers take the experts from the checkpoint, a new trainer the trunk.
-    with remote_link(RUN, n_peers=3, load=path) as (link, _):
-        resumed = make_trainer(RUN, link)
+    with remote_link(run, n_peers=3, load=path) as (link, _):
+        resumed = make_trainer(run, link)
         load_checkpoint(path, resumed.model, resumed.optimizer)
         resumed.step = read_meta(path).step
         losses = [resumed.train_step().loss for _ in range(6)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from swarms import make_trainer, remote_link, single_process_losses, small_run
@@ -12,17 +14,18 @@ STEPS = 50
 
 
 @pytest.mark.parametrize(
-    "router",
+    "changes",
     [
         {},
         {"clip_norm": 0.0},
         {"experts_per_token": 1, "combine": "raw"},
         {"experts_per_token": 3, "capacity_factor": 1.0},
+        {"expert_width": 24 // 4},
     ],
-    ids=["top2-normalized", "top2-unclipped", "top1-raw", "top3-capacity"],
+    ids=["top2-normalized", "top2-unclipped", "top1-raw", "top3-capacity", "narrow-experts"],
 )
-def test_three_peers_over_grpc_learn_what_one_process_learns(router: dict[str, object]) -> None:
-    run = small_run(**router)
+def test_three_peers_over_grpc_learn_what_one_process_learns(changes: dict[str, Any]) -> None:
+    run = small_run(**changes)
     expected = single_process_losses(run, STEPS)
     with remote_link(run, n_peers=3) as (link, _):
         trainer = make_trainer(run, link)

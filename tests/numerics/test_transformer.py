@@ -1,6 +1,6 @@
 """The transformer against a plain Qwen3-MoE written out with explicit loops and matrices.
 
-B sequences, S positions, D model width, E experts, K experts per token.
+B sequences, S positions, D model width, L width that experts see, E experts, K experts per token.
 
 The oracle was itself compared with `transformers` 5.23 `Qwen3MoeForCausalLM` through the model: logits equal to 6e-6
 (largest logit 7), all blocks sparse and every other one.
@@ -39,6 +39,7 @@ SMALL = ModelConfig(
     init_std=0.3,
     router=RouterConfig(experts_per_token=2),
 )
+NARROW = dataclasses.replace(SMALL, expert_width=4)
 
 
 def local_model(config: ModelConfig = SMALL, *, seed: int = 0) -> Transformer:
@@ -95,12 +96,15 @@ def plain_moe(x_SD: Tensor, w: dict[str, Tensor], prefix: str, config: ModelConf
         probs = probs / probs.sum()
         best = sorted(range(config.n_experts), key=lambda e: -float(probs[e]))[: config.router.experts_per_token]
         z = sum(probs[e] for e in best) if config.router.combine == "normalized" else 1.0
+        narrow = config.expert_width is not None
+        if narrow:
+            x = w[f"{prefix}latent.down_proj.weight"] @ x
         y = torch.zeros_like(x)
         for e in best:
             w_in, down = w[f"{prefix}w_in_EDH"][e].t(), w[f"{prefix}w_out_EFD"][e].t()
             gate, up = w_in[: config.d_ff_expert], w_in[-config.d_ff_expert :]
             y = y + probs[e] / z * plain_ffn(x, gate, up, down, config.activation)
-        rows.append(y)
+        rows.append(w[f"{prefix}latent.up_proj.weight"] @ y if narrow else y)
     return torch.stack(rows)
 
 
@@ -142,8 +146,10 @@ def plain_logits(tokens: list[int], w: dict[str, Tensor], config: ModelConfig) -
         dataclasses.replace(SMALL, moe_every=2, tie_embeddings=False),
         dataclasses.replace(with_router(experts_per_token=1, combine="raw"), activation="gelu", moe_every=2),
         dataclasses.replace(SMALL, n_layers=1, n_kv_heads=4),
+        NARROW,
+        dataclasses.replace(SMALL, expert_width=23, moe_every=2),
     ],
-    ids=["all-sparse", "every-other-untied", "gelu-raw-top1", "without-gqa"],
+    ids=["all-sparse", "every-other-untied", "gelu-raw-top1", "without-gqa", "narrow-experts", "wide-experts"],
 )
 def test_logits_equal_the_plain_model(config: ModelConfig) -> None:
     model = local_model(config)
@@ -157,8 +163,10 @@ def test_logits_equal_the_plain_model(config: ModelConfig) -> None:
         torch.testing.assert_close(logits_BSV[b].double(), expected_SV, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_of_every_weight_equal_finite_differences() -> None:
-    config = dataclasses.replace(with_router(z_loss=0.1, balance_loss=0.1), n_layers=2, moe_every=2)
+@pytest.mark.parametrize("expert_width", [None, 4])
+def test_gradients_of_every_weight_equal_finite_differences(expert_width: int | None) -> None:
+    router = with_router(z_loss=0.1, balance_loss=0.1)
+    config = dataclasses.replace(router, n_layers=2, moe_every=2, expert_width=expert_width)
     model = local_model(config).double()
     shake_norms(model)
     tokens_BS = random_tokens(1, 6)
@@ -231,6 +239,25 @@ class NoExperts(nn.Module):
 
     def forward(self, h_BSD: Tensor) -> tuple[Tensor, Routing]:
         return torch.zeros_like(h_BSD), self.router(h_BSD)
+
+
+def test_projections_around_experts_are_drawn_and_trained_as_the_rest_of_the_trunk_is() -> None:
+    trunk = local_model(dataclasses.replace(NARROW, d_model=128, expert_width=64), seed=5).trunk_parameters()
+    names = {f"layers.{layer}.mlp.latent.{way}_proj.weight" for layer in range(4) for way in ("down", "up")}
+    assert names == {name for name in trunk if ".latent." in name}
+    for name in names:
+        assert float(trunk[name].detach().std()) == pytest.approx(SMALL.init_std, rel=0.05), name
+    model = local_model(NARROW, seed=5)
+    for layer, block in enumerate(model.layers):
+        alone = LocalMoE(NARROW, layer, seed=5).state_dict()
+        assert all(torch.equal(value, alone[name]) for name, value in block.mlp.state_dict().items())
+
+
+def test_experts_of_the_models_width_have_no_projections() -> None:
+    plain, said = (local_model(dataclasses.replace(SMALL, expert_width=w)).state_dict() for w in (None, SMALL.d_model))
+    assert list(plain) == list(said)
+    assert all(torch.equal(value, said[name]) for name, value in plain.items())
+    assert not [name for name in plain if "latent" in name]
 
 
 def test_the_trunk_depends_on_the_seed_alone_and_not_on_what_is_injected() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_net.experts.bank import BankCall, ExpertBank, Reusable
+from moe_net.experts.bank import ExpertBank
+from moe_net.experts.calls import BankCall, Reusable
 
 
 class OneTrainersBank:

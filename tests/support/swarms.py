@@ -33,7 +33,7 @@ from moe_peer.trainer import Trainer, build_model
 SEQUENCES, SEQ_LEN = 4, 16
 
 
-def small_run(*, clip_norm: float = 0.5, **router: object) -> RunConfig:
+def small_run(*, clip_norm: float = 0.5, expert_width: int | None = None, **router: object) -> RunConfig:
     """Two MoE layers of six experts, top-2; a step has 64 tokens.
 
     The optimizer's eps is as large as the gradients' roots: Adam alone would forgive any constant factor on them.
@@ -43,7 +43,8 @@ def small_run(*, clip_norm: float = 0.5, **router: object) -> RunConfig:
         seed=3,
         model=ModelConfig(
             vocab_size=64, seq_len=SEQ_LEN, d_model=24, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=12,
-            n_experts=6, d_ff_expert=20, router=RouterConfig(**{"z_loss": 0.001, **router}),  # type: ignore[arg-type]
+            n_experts=6, d_ff_expert=20, expert_width=expert_width,
+            router=RouterConfig(**{"z_loss": 0.001, **router}),  # type: ignore[arg-type]
         ),
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=5, total_steps=60, clip_norm=clip_norm, eps=1e-3),
         global_batch_tokens=SEQUENCES * SEQ_LEN,

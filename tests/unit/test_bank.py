@@ -11,7 +11,8 @@ from bank_calls import OneTrainersBank
 from torch import Tensor
 
 from moe_net.errors import CheckpointError
-from moe_net.experts.bank import BankCall, ExpertBank, memory_bytes
+from moe_net.experts.bank import ExpertBank, memory_bytes
+from moe_net.experts.calls import BankCall
 from moe_net.experts.init import init_expert
 from moe_net.experts.lineage import Lineage
 from moe_net.kernels.reference import moe_ffn_reference

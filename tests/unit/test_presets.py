@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_net.config import RunConfig
+from moe_net.config import RunConfig, from_json, to_json
 from moe_net.model.config import PRESETS, ModelConfig, RouterConfig, preset
 from moe_net.model.local_moe import LocalMoE
 from moe_net.model.transformer import Transformer
@@ -94,6 +94,9 @@ def test_a_model_that_cannot_work_is_refused(changes: dict[str, object], message
     [
         ({"n_layers": 0}, "n_layers must be at least 1"),
         ({"seq_len": -1}, "seq_len must be at least 1"),
+        ({"expert_width": 0}, "expert_width must be at least 1, not 0"),
+        ({"expert_width": -4}, "expert_width must be at least 1, not -4"),
+        ({"expert_width": 2**31}, "expert_width=2147483648 is more than"),
         ({"n_layers": 2, "moe_every": 3}, "none of the n_layers=2 blocks has experts"),
         ({"init_std": math.nan}, "init_std=nan"),
         ({"rms_eps": -1e-6}, "rms_eps=-1e-06"),
@@ -122,6 +125,17 @@ def test_what_is_no_number_or_out_of_range_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(complaint)):
         kind(**wrong)
+
+
+def test_experts_have_the_models_width_or_the_one_that_a_manifest_says() -> None:
+    run = RunConfig()
+    old = to_json(run).replace('"expert_width":null,', "")
+    assert "expert_width" not in old
+    assert from_json(RunConfig, old) == run
+    assert run.model.expert_shape.d_model == run.model.d_model
+    said = dataclasses.replace(run, model=dataclasses.replace(run.model, expert_width=32))
+    assert from_json(RunConfig, to_json(said)) == said
+    assert (said.model.expert_shape.d_model, said.model.d_model) == (32, 128)
 
 
 def test_a_layer_of_one_expert_has_nothing_to_route() -> None:

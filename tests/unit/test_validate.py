@@ -188,8 +188,8 @@ def rows_of(x_RD: Tensor, *experts: int) -> RoutedRows:
 
 
 def test_rows_must_have_the_models_width_and_its_experts() -> None:
-    check_rows(rows_of(torch.ones(2, 8), 0, 3), d_model=8, n_experts=4)
-    with pytest.raises(WireError, match="x: rows of 8 columns, the run has d_model=16"):
-        check_rows(rows_of(torch.ones(2, 8), 0, 3), d_model=16, n_experts=4)
+    check_rows(rows_of(torch.ones(2, 8), 0, 3), width=8, n_experts=4)
+    with pytest.raises(WireError, match="x: rows of 8 columns, the run has expert_width=16"):
+        check_rows(rows_of(torch.ones(2, 8), 0, 3), width=16, n_experts=4)
     with pytest.raises(WireError, match="expert_index: 4, but each layer has n_experts=4"):
-        check_rows(rows_of(torch.ones(2, 8), 0, 4), d_model=8, n_experts=4)
+        check_rows(rows_of(torch.ones(2, 8), 0, 4), width=8, n_experts=4)

@@ -79,6 +79,7 @@ class InfoReply(_message.Message):
     peer_id: _builtins.str
     run: _builtins.str
     d_model: _builtins.int
+    """width of the experts' rows (the run's expert_width); below, too"""
     d_ff: _builtins.int
     activation: _builtins.str
     committed_tokens: _builtins.int

@@ -263,9 +263,10 @@ def moe_ffn_backward(
 def moe_ffn_weight_grads(
     calls: Sequence[WeightCall], weights: ExpertWeights, *, into: WeightGrads | None = None
 ) -> WeightGrads:
-    """The weights' gradients, summed over the calls in their order, those of one backend after those of another: the same
-    bits for the same calls in the same order. At least one call, and each with at least one pair. fp32, or on a GPU the dtype of the weights. `into`: memory of fp32
-    that may be used for them; new memory is touched page by page, which takes longer than the products of few rows."""
+    """The weights' gradients, summed over the calls in their order, those of one backend after those of another: the
+    same bits for the same calls in the same order. At least one call, and each with at least one pair. fp32, or on a
+    GPU the dtype of the weights. `into`: memory of fp32 that may be used for them; new memory is touched page by page,
+    which takes longer than the products of few rows."""
     of_backend: dict[str, list[WeightCall]] = {}
     for dy_TD, x_TD, expert_ids_TK, work in calls:
         dense = WeightCall(dy_TD.contiguous(), x_TD.contiguous(), expert_ids_TK.contiguous(), work)

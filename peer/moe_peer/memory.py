@@ -57,8 +57,8 @@ def check_device(device: str) -> None:
 
 
 def memory_of_experts(device: str, run: RunConfig, *, max_batch_rows: int) -> tuple[int, int]:
-    """(bytes available where the experts shall be, bytes of one). On a GPU what the largest call takes is taken off: its
-    dispatch, or its part in the weights' gradients."""
+    """(bytes available where the experts shall be, bytes of one). On a GPU what the largest call takes is taken off:
+    its dispatch, or its part in the weights' gradients."""
     shape, model = run.model.expert_shape, run.model
     if torch.device(device).type == "cpu":
         return available_memory_bytes(), memory_bytes(1, shape)

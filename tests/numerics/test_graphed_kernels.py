@@ -16,7 +16,7 @@ from moe_net.kernels.device import rows
 from moe_net.kernels.device.matrices import OnDevice
 from moe_net.kernels.dispatch import moe_ffn_backward, moe_ffn_forward, moe_ffn_weight_grads
 from moe_net.kernels.graphed import BUCKETS, MAX_CHOICES, GraphedExperts, bucket_of
-from moe_net.kernels.promise import Payload, is_promise, landed, payload_of, take_sent
+from moe_net.kernels.promise import is_promise, landed, payload_of, take_sent
 from moe_net.kernels.types import ExpertWeights, WeightCall, WeightGrads
 from moe_net.types import Activation, Encoding
 from moe_net.wire import compress

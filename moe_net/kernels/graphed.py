@@ -89,7 +89,8 @@ class _Bucket:
         self.forward_graph, forward = _capture(self._forward, device)
         self.y_BD, self.h_PH, self._kept = forward[0], forward[1], forward[1:]
         self.forward_graph()  # capturing it wrote nothing, and the backward reads where each expert's pairs end
-        self.rows_graph, (self.dx_BD, self.dgates_BK, self._a_PF, self._dh_PH) = _capture(self._rows, device)
+        self.rows_graph, backward = _capture(self._rows, device)
+        self.dx_BD, self.dgates_BK, self._routing_N, self._a_PF, self._dh_PH = backward
 
     def _forward(self) -> list[Tensor]:
         y_BD, saved = self._backend.forward(self.x_BD, self.ids_BK, self.gates_BK, self._weights, keep=True)
@@ -102,19 +103,24 @@ class _Bucket:
             self.dy_BD, self.x_BD, self.ids_BK, self.gates_BK, self._weights, saved
         )
         assert dx_BD is not None
-        return [dx_BD, dgates_BK, *work.a, *work.dh]
+        pair_P, row_P, place_P, end_E, bound_B = self._kept[1:]
+        # In one piece, for one launch to copy; each part begins at a multiple of 16 bytes.
+        parts = (pair_P, row_P, place_P, bound_B, bound_B.new_zeros(-bound_B.numel() % 4), end_E)
+        return [dx_BD, dgates_BK, torch.cat([part.int() for part in parts]), *work.a, *work.dh]
 
     def work(self, ids_TK: Tensor) -> Work:
         """What the last backward, of a call with these experts, left for the weights' gradients: copies of its own
         pairs. They come before the padding, and their tokens before those that the bucket has beyond the call's."""
-        n_experts = self._weights.w_in_EDH.shape[0]
+        n_experts, ids = self._weights.w_in_EDH.shape[0], ids_TK.cpu().numpy()
         # One row at least, whosever it is: not every product takes none.
-        n_pairs = max(1, int(((ids_TK >= 0) & (ids_TK < n_experts)).sum()))
-        pair_P, row_P, place_P, end_E, bound_B = self._kept[1:]
-        kept = (pair_P[:n_pairs], row_P[:n_pairs], place_P[: ids_TK.numel()], end_E, bound_B)
+        n_pairs = max(1, int(((ids >= 0) & (ids < n_experts)).sum()))
+        most, own = self.ids_BK.numel(), ids.size
+        bounds = (n_experts + 1, -(n_experts + 1) % 4, n_experts)
+        sizes = (n_pairs, most - n_pairs, n_pairs, most - n_pairs, own, most - own, *bounds)
+        pair_P, _, row_P, _, place_P, _, bound_B, _, end_E = self._routing_N.clone().split(sizes)
         return Work(
             backend=self._backend.NAME,
-            routing=Routing(*(value.clone() for value in kept)),
+            routing=Routing(pair_P, row_P, place_P, end_E, bound_B),
             gate_P1=None,
             a=(self._a_PF[:n_pairs].clone(),),
             dh=(self._dh_PH[:n_pairs].clone(),),

@@ -29,6 +29,11 @@ class Task:
     def gated(self) -> bool:
         return self.activation is Activation.SWIGLU
 
+    def sent(self, values_TK: torch.Tensor) -> torch.Tensor:
+        """Where a server has a call's ids and gates: on the host, from where a GPU reads them."""
+        values_TK = values_TK if values_TK.is_floating_point() else values_TK.int()
+        return values_TK.cpu().pin_memory() if values_TK.is_cuda else values_TK
+
     def leaves(self) -> list[torch.Tensor]:
         values = (self.x_TD, self.gates_TK, self.w_in_EDH, self.w_out_EFD)
         return [value.detach().requires_grad_() for value in values]

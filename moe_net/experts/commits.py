@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from moe_net.errors import WireError
+from moe_net.errors import UnknownExpertError, WireError
 from moe_net.experts.bank import ExpertBank
 from moe_net.experts.calls import BankCall, Batch, Reusable
 from moe_net.experts.staging import Staged, Staging
@@ -107,14 +107,21 @@ class Commits:
             answer = CommitAnswer(repeated=True, stepped=False, committed_tokens=self.committed_tokens)
             return answer, None
         too_large: list[bytes] = []
+        gone: list[bytes] = []
         for position, (call_id, staged) in enumerate(taken.calls.items()):
             assert staged.grad is not None
             if not float(staged.grad.most) <= MAX_GRADIENT:  # NaN is not either
                 too_large.append(call_id)
                 self._staging.let_go(staged.n_bytes)
                 continue
+            try:
+                counted = self._to_count(staged)
+            except UnknownExpertError:  # all of its experts broke since its Backward
+                gone.append(call_id)
+                self._staging.let_go(staged.n_bytes)
+                continue
             self._committed[staged.facts.layer][call.trainer, call.step, position] = _Committed(
-                call=self._to_count(staged), n_bytes=staged.n_bytes
+                call=counted, n_bytes=staged.n_bytes
             )
         if too_large:
             log.warning("%d calls of %r are left out: their gradients are not finite", len(too_large), call.trainer)
@@ -127,7 +134,7 @@ class Commits:
             repeated=False,
             stepped=closed is not None,
             committed_tokens=self.committed_tokens,
-            missing=taken.missing,
+            missing=(*taken.missing, *gone),
             not_finite=tuple(too_large),
         )
         self._staging.note_answer(call.trainer, answer)

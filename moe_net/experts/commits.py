@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -40,7 +40,33 @@ class Gradient:
     """See `ExpertBank.backward`."""
 
 
-Book = Staging[RoutedRows, Gradient, Reusable, CommitAnswer]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a commit, for repetitions: a bit for every call, for there may be many trainers, and each may name
+    8192."""
+
+    stepped: bool
+    missing: int
+    """Bit p: of the p-th call that it names."""
+    not_finite: int
+
+    def answer(self, call_ids: Sequence[bytes], committed_tokens: int) -> CommitAnswer:
+        """To the same commit again."""
+        named = list(dict.fromkeys(call_ids))
+        return CommitAnswer(
+            repeated=True,
+            stepped=self.stepped,
+            committed_tokens=committed_tokens,
+            missing=tuple(call_id for p, call_id in enumerate(named) if self.missing >> p & 1),
+            not_finite=tuple(call_id for p, call_id in enumerate(named) if self.not_finite >> p & 1),
+        )
+
+
+def _bits(call_ids: Sequence[bytes], those: Collection[bytes]) -> int:
+    return sum(1 << p for p, call_id in enumerate(dict.fromkeys(call_ids)) if call_id in those)
+
+
+Book = Staging[RoutedRows, Gradient, Reusable, Outcome]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -103,7 +129,7 @@ class Commits:
         if taken is None:
             before = self._staging.answer_of(call.trainer, call.step)
             if before is not None:
-                return replace(before, repeated=True, committed_tokens=self.committed_tokens), None
+                return before.answer(call.calls, self.committed_tokens), None
             answer = CommitAnswer(repeated=True, stepped=False, committed_tokens=self.committed_tokens)
             return answer, None
         too_large: list[bytes] = []
@@ -137,7 +163,9 @@ class Commits:
             missing=(*taken.missing, *gone),
             not_finite=tuple(too_large),
         )
-        self._staging.note_answer(call.trainer, answer)
+        missing, not_finite = (_bits(call.calls, set(those)) for those in (answer.missing, answer.not_finite))
+        outcome = Outcome(stepped=answer.stepped, missing=missing, not_finite=not_finite)
+        self._staging.note_answer(call.trainer, outcome)
         if closed is None and self._staging.held_bytes > self._staging.limit_bytes // 2:
             for layer in self._banks:
                 self.fold(layer)

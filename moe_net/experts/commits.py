@@ -189,8 +189,8 @@ class Commits:
         """Sums in the place of rows: of a batch larger than what there is room for. What it adds up to depends then on
         which commits came first."""
         self.make_due(layer)
-        commits, held_bytes = self._take_committed(layer)
-        self._banks[layer].fold(commits)
+        self._banks[layer].fold(self.in_order(layer))
+        _, held_bytes = self._take_committed(layer)  # now, for there may be no memory for the sums
         self._staging.let_go(held_bytes)
 
     def _close(self) -> Closed:

@@ -125,6 +125,8 @@ class Commits:
             raise WireError(
                 f"tokens: {call.tokens}, but the run's global_batch_tokens, of all trainers, is {batch_tokens}"
             )
+        if self.committed_tokens + call.tokens >= batch_tokens:
+            self.make_all_due()  # before anything of this commit counts: what fails there leaves it to be sent again
         taken = self._staging.commit(call.trainer, call.step, call.calls)
         if taken is None:
             before = self._staging.answer_of(call.trainer, call.step)

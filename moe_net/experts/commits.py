@@ -168,10 +168,15 @@ class Commits:
         missing, not_finite = (_bits(call.calls, set(those)) for those in (answer.missing, answer.not_finite))
         outcome = Outcome(stepped=answer.stepped, missing=missing, not_finite=not_finite)
         self._staging.note_answer(call.trainer, outcome)
-        if closed is None and self._staging.held_bytes > self._staging.limit_bytes // 2:
-            for layer in self._banks:
-                self.fold(layer)
+        if closed is None and self._holds_too_much():
+            self.make_all_due()  # the bytes of a step that is due say nothing of this batch
+            if self._holds_too_much():
+                for layer in self._banks:
+                    self.fold(layer)
         return answer, closed
+
+    def _holds_too_much(self) -> bool:
+        return self._staging.held_bytes > self._staging.limit_bytes // 2
 
     def in_order(self, layer: int) -> list[list[BankCall]]:
         """The layer's calls that count, of each commit, in an order that does not depend on when they came."""

@@ -74,7 +74,7 @@ def gradient_bound(dy_RD: Tensor, x_RD: Tensor, gates_RK: Tensor, work: Work, n_
     a, dh = (norm([block[:n_pairs] for block in blocks]) for blocks in (work.a, work.dh))
     # With gates of 1 at least, for some backends have them in activations and gradients already.
     gate = gates_RK.abs().amax().clamp(min=1)
-    bound = gate * gates_RK.shape[1] ** 0.5 * torch.maximum(
-        norm([dy_RD]) * a.clamp(min=1), norm([x_RD]) * dh.clamp(min=1)
+    bound = (
+        gate * gates_RK.shape[1] ** 0.5 * torch.maximum(norm([dy_RD]) * a.clamp(min=1), norm([x_RD]) * dh.clamp(min=1))
     )
     return bound if bound.is_cuda else float(bound)

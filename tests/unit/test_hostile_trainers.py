@@ -14,7 +14,7 @@ from moe_net.experts.host import ExpertHost
 from moe_net.experts.staging import FORGET_AFTER_S, CallFacts, Staging
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertShape
-from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitCall, RoutedRows
+from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitCall, ForwardCall, RoutedRows
 
 D = 4
 
@@ -176,3 +176,15 @@ def test_steps_that_are_due_do_not_change_how_the_next_batch_is_added_up():
     host.defer(closed)
     commit(host, small, trainer="b", tokens=1)
     assert host._banks[0]._base is None, "folded, for bytes of a step that was due"
+
+
+def test_a_row_that_is_not_finite_has_only_its_own_experts_weights_looked_at():
+    host = new_host()
+    host._banks[0]._weights.w_in_EDH[1].fill_(float("nan"))
+    call_id = bytes(16)
+    routed = RoutedRows(
+        x_RD=torch.full((1, D), 1e30), experts_per_row_R=torch.ones(1, dtype=torch.int32),
+        expert_index_P=torch.zeros(1, dtype=torch.int32), gate_P=torch.ones(1),
+    )  # fmt: skip
+    host.forward_many([ForwardCall(call_id=call_id, trainer="a", step=0, layer=0, rows=routed)])
+    assert host.broken == ()

@@ -60,10 +60,7 @@ class Batch:
 
 def gradient_bound(dy_RD: Tensor, x_RD: Tensor, gates_RK: Tensor, work: Work, n_pairs: int) -> float | Tensor:
     """A bound of the norm of each of a call's two weights' gradients, products of what is measured here; NaN if a part
-    of it is. On a GPU a tensor, which nobody waits for.
-
-    At least the norm of the rows, too: of rows near the largest float the product by weights that have moved before
-    they count may be infinite, however small the other factor."""
+    of it is. On a GPU a tensor, which nobody waits for."""
     if not n_pairs or not work.a:
         return 0.0
 
@@ -74,7 +71,5 @@ def gradient_bound(dy_RD: Tensor, x_RD: Tensor, gates_RK: Tensor, work: Work, n_
     a, dh = (norm([block[:n_pairs] for block in blocks]) for blocks in (work.a, work.dh))
     # With gates of 1 at least, for some backends have them in activations and gradients already.
     gate = gates_RK.abs().amax().clamp(min=1)
-    bound = (
-        gate * gates_RK.shape[1] ** 0.5 * torch.maximum(norm([dy_RD]) * a.clamp(min=1), norm([x_RD]) * dh.clamp(min=1))
-    )
+    bound = gate * gates_RK.shape[1] ** 0.5 * torch.maximum(norm([dy_RD]) * a, norm([x_RD]) * dh)
     return bound if bound.is_cuda else float(bound)

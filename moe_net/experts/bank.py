@@ -342,11 +342,18 @@ class ExpertBank:
                 batch.grads = None
             self._weights_changed()
 
-    def find_broken(self) -> frozenset[int]:
+    def find_broken(self, slots_RK: Tensor | None = None) -> frozenset[int]:
         """Indices of experts whose weights are not finite, and were so far not known to be broken: from now on no call
-        runs on them."""
-        finite_E = [all(bool(w[slot].isfinite().all()) for w in self._weights[:2]) for slot in range(len(self.indices))]
-        found = frozenset(i for i, finite in zip(self.indices, finite_E, strict=True) if not finite) - self.broken
+        runs on them. With `slots_RK` only of those: a row is far cheaper than a look at all weights."""
+        slots = range(len(self.indices)) if slots_RK is None else slots_RK.unique().tolist()
+        found = (
+            frozenset(
+                self.indices[slot]
+                for slot in slots
+                if slot >= 0 and not all(bool(w[slot].isfinite().all()) for w in self._weights[:2])
+            )
+            - self.broken
+        )
         if found:
             self._set_broken(self.broken | found)
         return found

@@ -59,8 +59,9 @@ class Batch:
 
 
 def gradient_bound(dy_RD: Tensor, x_RD: Tensor, gates_RK: Tensor, work: Work, n_pairs: int) -> float | Tensor:
-    """A bound of the norm of each of a call's two weights' gradients, products of what is measured here; NaN if a part
-    of it is. On a GPU a tensor, which nobody waits for."""
+    """A bound of the norm of each of a call's two weights' gradients, products of what is measured here, and of the
+    gated rows that they are made of: an infinite one times activations of zero is NaN. NaN if a part of it is. On a
+    GPU a tensor, which nobody waits for."""
     if not n_pairs or not work.a:
         return 0.0
 
@@ -68,7 +69,7 @@ def gradient_bound(dy_RD: Tensor, x_RD: Tensor, gates_RK: Tensor, work: Work, n_
         norms = [torch.linalg.vector_norm(value, dtype=torch.float32) for value in values]
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
-    a, dh = (norm([block[:n_pairs] for block in blocks]) for blocks in (work.a, work.dh))
+    a, dh = (norm([block[:n_pairs] for block in blocks]).clamp(min=1) for blocks in (work.a, work.dh))
     # With gates of 1 at least, for some backends have them in activations and gradients already.
     gate = gates_RK.abs().amax().clamp(min=1)
     bound = gate * gates_RK.shape[1] ** 0.5 * torch.maximum(norm([dy_RD]) * a, norm([x_RD]) * dh)

@@ -107,14 +107,20 @@ class Commits:
             answer = CommitAnswer(repeated=True, stepped=False, committed_tokens=self.committed_tokens)
             return answer, None
         too_large: list[bytes] = []
+        without_expert: list[bytes] = []
         for position, (call_id, staged) in enumerate(taken.calls.items()):
             assert staged.grad is not None
             if not float(staged.grad.most) <= MAX_GRADIENT:  # NaN is not either
                 too_large.append(call_id)
                 self._staging.let_go(staged.n_bytes)
                 continue
+            counted = self._to_count(staged)
+            if not bool((counted.slots_RK >= 0).any()):
+                without_expert.append(call_id)
+                self._staging.let_go(staged.n_bytes)
+                continue
             self._committed[staged.facts.layer][call.trainer, call.step, position] = _Committed(
-                call=self._to_count(staged), n_bytes=staged.n_bytes
+                call=counted, n_bytes=staged.n_bytes
             )
         if too_large:
             log.warning("%d calls of %r are left out: their gradients are not finite", len(too_large), call.trainer)
@@ -127,7 +133,7 @@ class Commits:
             repeated=False,
             stepped=closed is not None,
             committed_tokens=self.committed_tokens,
-            missing=taken.missing,
+            missing=(*taken.missing, *without_expert),
             not_finite=tuple(too_large),
         )
         self._staging.note_answer(call.trainer, answer)

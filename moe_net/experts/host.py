@@ -286,8 +286,10 @@ class ExpertHost:
         self._commits.make_all_due()
 
     def _to_count(self, staged: Staged[RoutedRows, Gradient, Reusable]) -> BankCall:
+        """Experts that broke after the call's Backward have no slots any more; perhaps none has."""
         assert staged.grad is not None
-        merged = merge([self._part(0, staged.facts, staged.inputs)])
+        slot_P = self._banks[staged.facts.layer].slots(staged.inputs.expert_index_P)
+        merged = merge([Part(position=0, facts=staged.facts, rows=staged.inputs, slot_P=slot_P, missing=())])
         return BankCall(staged.grad.grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, staged.extra)
 
     def continue_at(self, committed_tokens: int) -> None:

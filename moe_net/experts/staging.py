@@ -348,7 +348,7 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
             )
         for call_id in list(self._trainers[silent].calls):
             self._drop(call_id)
-        del self._trainers[silent]
+        self._trainers.pop(silent, None)  # its last call has taken one along that never committed
 
 
 def _contradiction(call_id: bytes, facts: CallFacts, known: CallFacts) -> WireError:

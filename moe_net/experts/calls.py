@@ -13,6 +13,10 @@ from torch import Tensor
 
 from moe_net.kernels.types import Saved, WeightGrads, Work
 
+MAX_GRADIENT = 1e15
+"""The largest norm that one call's weight gradient may have. Not even ten thousand calls of a batch make the norm of
+their sum infinite then, for which everybody's step would be skipped."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reusable:
@@ -74,3 +78,16 @@ def gradient_bound(dy_RD: Tensor, x_RD: Tensor, gates_RK: Tensor, work: Work, n_
     gate = gates_RK.abs().amax().clamp(min=1)
     bound = gate * gates_RK.shape[1] ** 0.5 * torch.maximum(norm([dy_RD]) * a, norm([x_RD]) * dh)
     return bound if bound.is_cuda else float(bound)
+
+
+def norm_of_each(grads: WeightGrads) -> Tensor:
+    """The larger norm of each expert's two [E]."""
+    of_in, of_out = (torch.linalg.vector_norm(grad, dim=(1, 2), dtype=torch.float32) for grad in grads)
+    return torch.maximum(of_in, of_out)
+
+
+def leave_out_unsound(grads: WeightGrads) -> None:
+    """Zeros in the place of every expert's gradients that are larger than MAX_GRADIENT, or no numbers."""
+    for slot in (~(norm_of_each(grads) <= MAX_GRADIENT)).nonzero().flatten().tolist():
+        for grad in grads:
+            grad[slot].zero_()

@@ -18,17 +18,13 @@ from torch import Tensor
 
 from moe_net.errors import WireError
 from moe_net.experts.bank import ExpertBank
-from moe_net.experts.calls import BankCall, Batch, Reusable
+from moe_net.experts.calls import MAX_GRADIENT, BankCall, Batch, Reusable
 from moe_net.experts.staging import Staged, Staging
 from moe_net.types import ExpertId
 from moe_net.wire.messages import CommitAnswer, CommitCall, RoutedRows
 from moe_net.wire.share import ExpertShare, Share
 
 log = logging.getLogger(__name__)
-
-MAX_GRADIENT = 1e15
-"""The largest norm that one call's weight gradient may have. Not even ten thousand calls of a batch make the norm of
-their sum infinite then, for which everybody's step would be skipped."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -30,6 +30,11 @@ class Reusable:
     def nbytes(self) -> int:
         return self.kernel.nbytes
 
+    @property
+    def n_tensors(self) -> int:
+        """Beside those of the sort."""
+        return len(self.kernel.blocks) if isinstance(self.kernel, Saved) else len(self.kernel.a) + len(self.kernel.dh)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BankCall:

@@ -26,9 +26,9 @@ GradT = TypeVar("GradT")
 ExtraT = TypeVar("ExtraT")
 AnswerT = TypeVar("AnswerT")
 
-ENTRY_OVERHEAD_BYTES = 1024
-"""Counted for every call beside its payload, so that a flood of one-row calls is bounded too: dict slots, the
-dataclasses and small tensors measure 0.6..0.9 KiB."""
+ENTRY_OVERHEAD_BYTES = 6 * 1024
+"""Counted for every call beside its payload, so that a flood of one-row calls is bounded too: a process grows by 3.3 KiB
+for one that is staged, of tensors, dataclasses and dict slots, and by 5.3 KiB once it is committed."""
 SILENT_AFTER_S = 120.0
 """Silence after which what a trainer staged may go when others need the room: several times the longest deadline."""
 FORGET_AFTER_S = 3600.0
@@ -111,6 +111,7 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         self._waiting: OrderedDict[bytes, None] = OrderedDict()  # for their Backward, the oldest first
         self._trainers: OrderedDict[str, _Trainer[AnswerT]] = OrderedDict()  # silent longest first
         self._bytes = 0
+        self._staged_bytes = 0  # of rows alone
         self.held_bytes = 0
         """Of calls that were committed, and still are their host's: see `let_go`."""
         self._now_s = 0.0
@@ -165,9 +166,9 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
             self._check_trainer_room(facts.trainer)
         except BusyError:
             return False
-        self._drop_waiting(row_bytes, but=call_id)
-        if self._lacks(row_bytes):
+        if self.held_bytes + self._staged_bytes + row_bytes > self.limit_bytes:
             return False
+        self._drop_waiting(row_bytes, but=call_id)
         self._put(call_id, Staged(facts=facts, inputs=inputs, row_bytes=row_bytes))
         self.add_extra(call_id, extra, extra_bytes)
         return True
@@ -266,7 +267,9 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
             self._waiting[call_id] = None
         trainer = self._seen(call.facts.trainer)
         trainer.calls[call_id] = None
-        trainer.staged_bytes += call.row_bytes if call.grad is not None else 0
+        if call.grad is not None:
+            trainer.staged_bytes += call.row_bytes
+            self._staged_bytes += call.row_bytes
 
     def _drop(self, call_id: bytes) -> None:
         call = self._calls.pop(call_id, None)
@@ -277,7 +280,9 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         self._with_extra.pop(call_id, None)
         trainer = self._trainers[call.facts.trainer]
         del trainer.calls[call_id]
-        trainer.staged_bytes -= call.row_bytes if call.grad is not None else 0
+        if call.grad is not None:
+            trainer.staged_bytes -= call.row_bytes
+            self._staged_bytes -= call.row_bytes
         if not trainer.calls and trainer.last_committed_step < 0:  # nothing has to be remembered of it
             del self._trainers[call.facts.trainer]
 
@@ -285,12 +290,13 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         return self.n_bytes + n_bytes > self.limit_bytes
 
     def _make_room(self, n_bytes: int, trainer: str, *, but: bytes) -> None:
-        """BusyError, unless `n_bytes` more fit."""
-        self._drop_waiting(n_bytes, but=but)
-        while self._lacks(n_bytes) and (silent := self._silent(but=trainer)) is not None:
-            self._drop(silent)
-        while self._lacks(n_bytes) and self._drop_of_largest(trainer, n_bytes):
-            pass
+        """BusyError, unless `n_bytes` more fit; nothing goes for what can never fit beside the trainer's own."""
+        if self.held_bytes + self._staged_by(trainer) + n_bytes <= self.limit_bytes:
+            self._drop_waiting(n_bytes, but=but)
+            while self._lacks(n_bytes) and (silent := self._silent(but=trainer)) is not None:
+                self._drop(silent)
+            while self._lacks(n_bytes) and self._drop_of_largest(trainer, n_bytes):
+                pass
         if self._lacks(n_bytes):
             raise BusyError(
                 f"{self.n_bytes / 2**20:.1f} MiB of calls wait for their commits, at most "
@@ -325,12 +331,14 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
     def _drop_of_largest(self, trainer: str, n_bytes: int) -> bool:
         """Drop a call of the trainer that has staged most, the newest; False when that is who asks, or would be."""
         name, largest = max(self._trainers.items(), key=lambda item: item[1].staged_bytes, default=("", None))
-        asking = self._trainers.get(trainer)
-        own_bytes = n_bytes + (0 if asking is None else asking.staged_bytes)
-        if largest is None or name == trainer or largest.staged_bytes <= own_bytes:
+        if largest is None or name == trainer or largest.staged_bytes <= self._staged_by(trainer) + n_bytes:
             return False
         self._drop(next(reversed(largest.calls)))
         return True
+
+    def _staged_by(self, trainer: str) -> int:
+        known = self._trainers.get(trainer)
+        return 0 if known is None else known.staged_bytes
 
     def _seen(self, trainer: str) -> _Trainer[AnswerT]:
         known = self._trainers.setdefault(trainer, _Trainer())

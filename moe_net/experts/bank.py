@@ -6,6 +6,7 @@ H columns of the first projection (2F for SwiGLU: gate then up; F for GELU).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_net.errors import CheckpointError
-from moe_net.experts.calls import BankCall, Batch, Commit, Reusable, gradient_bound
+from moe_net.experts.calls import BankCall, Batch, Commit, Reusable, gradient_bound, leave_out_unsound, norm_of_each
 from moe_net.experts.checks import pairs_bytes
 from moe_net.experts.init import init_expert
 from moe_net.experts.learned import Learned
@@ -28,6 +29,8 @@ from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertId, ExpertShape
 from moe_net.wire.share import ExpertShare
 from moe_net.wire.state import LINEAGE_FIELD, STATE_FIELDS, SUM_FIELDS, check_state, tensor_name
+
+logger = logging.getLogger(__name__)
 
 KernelT = TypeVar("KernelT", Saved, Work)
 
@@ -238,11 +241,25 @@ class ExpertBank:
 
     def gradients(self, commits: Iterable[Commit]) -> WeightGrads | None:
         """The weights' gradients at the weights of now: of each commit in one product, these added in their order. The
-        same bits for the same calls, whatever is left of their backwards. None of no pairs."""
+        same bits for the same calls, whatever is left of their backwards. None of no pairs.
+
+        A bound that held at the weights of a call's backward need not hold at those of now: what spoils an expert's sum
+        is left out of it."""
+        groups = [group for calls in commits for group in self._groups(calls)]
+        sums = self._sum_up(groups)
+        stale = any(self._usable(call.reusable, Work) is None for group in groups for call in group)
+        if sums is None or not stale or bool(norm_of_each(sums).isfinite().all()):
+            return sums
+        logger.warning("layer %d: gradients that are not finite any more are left out", self.layer)
+        return self._sum_up(groups, only_sound=True)
+
+    def _sum_up(self, groups: Sequence[Commit], *, only_sound: bool = False) -> WeightGrads | None:
         sums: WeightGrads | None = None
-        for group in (group for calls in commits for group in self._groups(calls)):
+        for group in groups:
             into = self._spare.pop() if self._spare else None
             new = moe_ffn_weight_grads([self._work(call) for call in group], self._compute, into=into)
+            if only_sound:
+                leave_out_unsound(new)
             if sums is None:
                 sums = new
             else:
@@ -267,7 +284,7 @@ class ExpertBank:
                     part = BankCall(call.dy_RD[at], call.x_RD[at], call.slots_RK[at], call.gates_RK[at])
                 if not bool((part.slots_RK >= 0).any()):
                     continue
-                part_bytes = pairs_bytes(*part.slots_RK.shape, self.shape)
+                part_bytes = pairs_bytes(part.slots_RK.shape[0], part.slots_RK.shape[1], self.shape)
                 if group and n_bytes + part_bytes > self._at_once_bytes:
                     yield group
                     group, n_bytes = [], 0
@@ -346,14 +363,9 @@ class ExpertBank:
         """Indices of experts whose weights are not finite, and were so far not known to be broken: from now on no call
         runs on them. With `slots_RK` only of those: a row is far cheaper than a look at all weights."""
         slots = range(len(self.indices)) if slots_RK is None else slots_RK.unique().tolist()
-        found = (
-            frozenset(
-                self.indices[slot]
-                for slot in slots
-                if slot >= 0 and not all(bool(w[slot].isfinite().all()) for w in self._weights[:2])
-            )
-            - self.broken
-        )
+        looked_at = [slot for slot in slots if slot >= 0]
+        broken = [slot for slot in looked_at if not all(_is_finite(w[slot]) for w in self._weights[:2])]
+        found = frozenset(self.indices[slot] for slot in broken) - self.broken
         if found:
             self._set_broken(self.broken | found)
         return found
@@ -469,6 +481,11 @@ class ExpertBank:
 
     def _name(self, index: int, field: str) -> str:
         return tensor_name(ExpertId(self.layer, index), field)
+
+
+def _is_finite(value: Tensor) -> bool:
+    """By its sum, for one call with huge values has all weights of a layer looked at, and that is much faster."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
 def _sum(a: WeightGrads | None, b: WeightGrads | None) -> WeightGrads | None:

@@ -18,17 +18,13 @@ from torch import Tensor
 
 from moe_net.errors import UnknownExpertError, WireError
 from moe_net.experts.bank import ExpertBank
-from moe_net.experts.calls import BankCall, Batch, Reusable
+from moe_net.experts.calls import MAX_GRADIENT, BankCall, Batch, Reusable
 from moe_net.experts.staging import Staged, Staging
 from moe_net.types import ExpertId
 from moe_net.wire.messages import CommitAnswer, CommitCall, RoutedRows
 from moe_net.wire.share import ExpertShare, Share
 
 log = logging.getLogger(__name__)
-
-MAX_GRADIENT = 1e15
-"""The largest norm that one call's weight gradient may have. Not even ten thousand calls of a batch make the norm of
-their sum infinite then, for which everybody's step would be skipped."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,7 +140,11 @@ class Commits:
                 continue
             try:
                 counted = self._to_count(staged)
-            except UnknownExpertError:  # all of its experts broke since its Backward
+            except UnknownExpertError:
+                counted = None
+            if counted is None or not bool(
+                (counted.slots_RK >= 0).any()
+            ):  # all of its experts broke since its Backward
                 gone.append(call_id)
                 self._staging.let_go(staged.n_bytes)
                 continue

@@ -157,8 +157,7 @@ class ExpertHost:
                 continue
             if call.train:
                 rows = _landed_rows(part.rows)
-                n_saved = 0 if saved is None else saved.nbytes
-                self._staging.keep(call.call_id, part.facts, rows, _rows_bytes(rows), saved, n_saved)
+                self._staging.keep(call.call_id, part.facts, rows, _rows_bytes(rows), saved, _extra_bytes(saved))
             answers[part.position] = ForwardAnswer(
                 y_RD=y,
                 failed_experts=part.missing,
@@ -234,7 +233,7 @@ class ExpertHost:
             dgate_P = dgate_P[bank.put(merged.filled_RK.reshape(-1).nonzero().flatten())]
         rows, grad = _landed_rows(found.inputs), Gradient(landed(call.grad_RD), most)
         self._staging.stage(call.call_id, replace(found, inputs=rows), grad, _rows_bytes(rows) + grad.grad_RD.nbytes)
-        self._staging.add_extra(call.call_id, work, 0 if work is None else work.nbytes)
+        self._staging.add_extra(call.call_id, work, _extra_bytes(work))
         answer = BackwardAnswer(
             dx_RD=dx_RD,
             gate_grad_P=bank.fetched(dgate_P),
@@ -287,8 +286,10 @@ class ExpertHost:
         self._commits.make_all_due()
 
     def _to_count(self, staged: Staged[RoutedRows, Gradient, Reusable]) -> BankCall:
+        """Experts that broke after the call's Backward have no slots any more; perhaps none has."""
         assert staged.grad is not None
-        merged = merge([self._part(0, staged.facts, staged.inputs)])
+        slot_P = self._banks[staged.facts.layer].slots(staged.inputs.expert_index_P)
+        merged = merge([Part(position=0, facts=staged.facts, rows=staged.inputs, slot_P=slot_P, missing=())])
         return BankCall(staged.grad.grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, staged.extra)
 
     def continue_at(self, committed_tokens: int) -> None:
@@ -385,6 +386,11 @@ def _landed_rows(rows: RoutedRows) -> RoutedRows:
 
 def _rows_bytes(rows: RoutedRows) -> int:
     return sum(t.nbytes for t in (rows.x_RD, rows.experts_per_row_R, rows.expert_index_P, rows.gate_P))
+
+
+def _extra_bytes(extra: Reusable | None) -> int:
+    """With what a process grows by beside the payload: 5 KiB for the sort of a few pairs, 0.6 for every tensor."""
+    return 0 if extra is None else extra.nbytes + 5 * 1024 + 640 * extra.n_tensors
 
 
 def _is_finite(value: Tensor) -> bool:

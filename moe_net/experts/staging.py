@@ -27,9 +27,9 @@ GradT = TypeVar("GradT")
 ExtraT = TypeVar("ExtraT")
 AnswerT = TypeVar("AnswerT")
 
-ENTRY_OVERHEAD_BYTES = 1024
-"""Counted for every call beside its payload, so that a flood of one-row calls is bounded too: dict slots, the
-dataclasses and small tensors measure 0.6..0.9 KiB."""
+ENTRY_OVERHEAD_BYTES = 6 * 1024
+"""Counted for every call beside its payload, so that a flood of one-row calls is bounded too: tensors, dataclasses and
+dict slots of one that is staged take 3.3 KiB of a process, and 5.3 once it is committed."""
 SILENT_AFTER_S = 120.0
 """Silence after which what a trainer staged may go when others need the room: several times the longest deadline."""
 FORGET_AFTER_S = 3600.0
@@ -114,6 +114,7 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         self._trainers: OrderedDict[str, _Trainer[AnswerT]] = OrderedDict()  # silent longest first
         self._with_calls: OrderedDict[str, _Trainer[AnswerT]] = OrderedDict()  # those of them, in the same order
         self._bytes = 0
+        self._staged_bytes = 0  # of rows alone
         self.held_bytes = 0
         """Of calls that were committed, and still are their host's: see `let_go`."""
         self._now_s = 0.0
@@ -168,9 +169,9 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
             self._check_trainer_room(facts.trainer)
         except BusyError:
             return False
-        self._drop_waiting(row_bytes, but=call_id)
-        if self._lacks(row_bytes):
+        if self.held_bytes + self._staged_bytes + row_bytes > self.limit_bytes:
             return False
+        self._drop_waiting(row_bytes, but=call_id)
         self._put(call_id, Staged(facts=facts, inputs=inputs, row_bytes=row_bytes))
         self.add_extra(call_id, extra, extra_bytes)
         return True
@@ -269,7 +270,9 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
             self._waiting[call_id] = None
         trainer = self._with_calls[call.facts.trainer] = self._seen(call.facts.trainer)
         trainer.calls[call_id] = None
-        trainer.staged_bytes += call.row_bytes if call.grad is not None else 0
+        if call.grad is not None:
+            trainer.staged_bytes += call.row_bytes
+            self._staged_bytes += call.row_bytes
 
     def _drop(self, call_id: bytes) -> None:
         call = self._calls.pop(call_id, None)
@@ -280,7 +283,9 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         self._with_extra.pop(call_id, None)
         trainer = self._trainers[call.facts.trainer]
         del trainer.calls[call_id]
-        trainer.staged_bytes -= call.row_bytes if call.grad is not None else 0
+        if call.grad is not None:
+            trainer.staged_bytes -= call.row_bytes
+            self._staged_bytes -= call.row_bytes
         if not trainer.calls:
             del self._with_calls[call.facts.trainer]
             if trainer.last_committed_step < 0:  # nothing has to be remembered of it
@@ -290,10 +295,11 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         return self.n_bytes + n_bytes > self.limit_bytes
 
     def _make_room(self, n_bytes: int, trainer: str, *, but: bytes) -> None:
-        """BusyError, unless `n_bytes` more fit."""
-        self._drop_waiting(n_bytes, but=but)
-        self._drop_silent(n_bytes, but=trainer)
-        self._drop_of_largest(trainer, n_bytes)
+        """BusyError, unless `n_bytes` more fit; nothing goes for what can never fit beside the trainer's own."""
+        if self.held_bytes + self._staged_by(trainer) + n_bytes <= self.limit_bytes:
+            self._drop_waiting(n_bytes, but=but)
+            self._drop_silent(n_bytes, but=trainer)
+            self._drop_of_largest(trainer, n_bytes)
         if self._lacks(n_bytes):
             raise BusyError(
                 f"{self.n_bytes / 2**20:.1f} MiB of calls wait for their commits, at most "
@@ -333,8 +339,7 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         would be."""
         if not self._lacks(n_bytes):
             return
-        asking = self._trainers.get(trainer)
-        own_bytes = n_bytes + (0 if asking is None else asking.staged_bytes)
+        own_bytes = n_bytes + self._staged_by(trainer)
         larger = {
             name: one for name, one in self._with_calls.items() if name != trainer and one.staged_bytes > own_bytes
         }
@@ -347,6 +352,10 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
                 heapq.heapreplace(heap, (-one.staged_bytes, heap[0][1]))
             else:
                 heapq.heappop(heap)
+
+    def _staged_by(self, trainer: str) -> int:
+        known = self._trainers.get(trainer)
+        return 0 if known is None else known.staged_bytes
 
     def _seen(self, trainer: str) -> _Trainer[AnswerT]:
         known = self._trainers.setdefault(trainer, _Trainer())

@@ -101,8 +101,8 @@ def test_a_row_of_many_experts_does_not_widen_the_rows_of_others(monkeypatch: py
 
 
 def test_pre_activations_that_alone_exceed_the_cache_are_not_made() -> None:
-    large, small = call(rows_of(50, 4)), call(rows_of(3, 1))
-    host = new_host(stage_bytes=50 * 4 * SHAPE.d_hidden * 4 - 1)
+    large, small = call(rows_of(200, 4)), call(rows_of(3, 1))
+    host = new_host(stage_bytes=200 * 4 * SHAPE.d_hidden * 4 - 1)
     kept: list[bool] = []
     bank = host._banks[0]
     forward = bank.forward

@@ -152,7 +152,7 @@ def tensors(banks: dict[int, ExpertBank]) -> list[Tensor]:
 class Histories(RuleBasedStateMachine):
     """Everything that can happen to calls."""
 
-    @initialize(n_trainers=st.integers(1, 4), limit=st.sampled_from([3500, 8000, 1 << 20]))
+    @initialize(n_trainers=st.integers(1, 4), limit=st.sampled_from([14_000, 40_000, 1 << 22]))
     def begin(self, n_trainers: int, limit: int) -> None:
         self.limit = limit
         self.hosts = [Host(stage_bytes=limit) for _ in HOSTS]
@@ -175,7 +175,7 @@ class Histories(RuleBasedStateMachine):
         if isinstance(answer, InputsGoneError):
             assert message.rows is None
         if isinstance(answer, BusyError):
-            assert self.limit < 1 << 20
+            assert self.limit < 1 << 22
         return answer if isinstance(answer, BackwardAnswer) else None
 
     def send(self, host: int, call: Call, fate: str, *, resend: bool = False) -> None:
@@ -285,7 +285,7 @@ class Histories(RuleBasedStateMachine):
             assert not answer.repeated
             assert answer.not_finite == ()
             assert set(answer.missing) <= calls.keys()
-            assert not answer.missing or self.limit < 1 << 20, "there was room for all"
+            assert not answer.missing or self.limit < 1 << 22, "there was room for all"
             counted = [call for call_id, call in calls.items() if call_id not in answer.missing]
             assert answer.stepped == self.oracles[host].commit(commit, counted, folded=self.hosts[host].folded)
             self.heard.append((host, commit, answer))

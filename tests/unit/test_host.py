@@ -18,7 +18,7 @@ from moe_net.errors import BusyError, InputsGoneError, StaleStepError, UnknownEx
 from moe_net.experts.bank import ExpertBank
 from moe_net.experts.host import ExpertHost
 from moe_net.experts.merging import pad_pairs
-from moe_net.experts.staging import FORGET_AFTER_S, Staging
+from moe_net.experts.staging import ENTRY_OVERHEAD_BYTES, FORGET_AFTER_S, Staging
 from moe_net.kernels.types import Saved
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertShape
@@ -357,7 +357,7 @@ def test_unknown_layers_and_a_full_book_are_answers() -> None:
         host.fetch(0, (0, 2))
     with pytest.raises(WireError, match="negative"):
         host.commit(CommitCall(trainer="t", step=0, tokens=-1))
-    full = ExpertHost({0: new_bank()}, stage_bytes=3 * 1024)
+    full = ExpertHost({0: new_bank()}, stage_bytes=3 * ENTRY_OVERHEAD_BYTES)
     calls = [forward_call([[0]]), forward_call([[1]]), forward_call([[1]])]
     answers = [full.backward_many([backward_call(c, resend=True)])[0] for c in calls]
     assert [type(a) for a in answers] == [BackwardAnswer, BackwardAnswer, BusyError]

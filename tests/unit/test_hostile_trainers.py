@@ -11,7 +11,7 @@ import torch
 
 from moe_net.experts.bank import ExpertBank
 from moe_net.experts.host import ExpertHost
-from moe_net.experts.staging import FORGET_AFTER_S, CallFacts, Staging
+from moe_net.experts.staging import ENTRY_OVERHEAD_BYTES, FORGET_AFTER_S, CallFacts, Staging
 from moe_net.optim import OptimizerConfig
 from moe_net.types import ExpertShape
 from moe_net.wire.messages import BackwardAnswer, BackwardCall, CommitCall, ForwardCall, RoutedRows
@@ -96,8 +96,10 @@ def test_what_is_remembered_of_a_commit_does_not_grow_with_the_calls_it_names_in
 
 
 def test_room_made_of_very_many_small_calls_takes_time_by_the_calls_alone():
+    size = 976 + ENTRY_OVERHEAD_BYTES
+
     def seconds(n_trainers: int, n_calls: int, silent: bool) -> float:
-        book: Staging[str, str, str, str] = Staging(limit_bytes=n_calls * 2000)
+        book: Staging[str, str, str, str] = Staging(limit_bytes=n_calls * size)
         for n in range(n_trainers):
             book.commit(f"t{n}", 0, ())
         facts = CallFacts(trainer="flood", step=0, layer=0, n_rows=1)
@@ -108,7 +110,7 @@ def test_room_made_of_very_many_small_calls_takes_time_by_the_calls_alone():
             book.advance(1000.0)
         mine = CallFacts(trainer="t1", step=1, layer=0, n_rows=1)
         began = time.perf_counter()
-        book.find(b"mine", mine, "x", input_bytes=0, grad_bytes=(n_calls // 4) * 2000)
+        book.find(b"mine", mine, "x", input_bytes=0, grad_bytes=(n_calls // 4) * size)
         return time.perf_counter() - began
 
     for silent in (False, True):
@@ -117,7 +119,7 @@ def test_room_made_of_very_many_small_calls_takes_time_by_the_calls_alone():
 
 
 def test_sums_that_cannot_be_made_keep_the_calls_and_their_bytes(monkeypatch: pytest.MonkeyPatch):
-    host = new_host(stage_bytes=8192)
+    host = new_host(stage_bytes=40_000)
     ids = [stage(host, n, 0, rows=2) for n in range(4)]
     bank = host._banks[0]
 
@@ -157,7 +159,7 @@ def test_a_step_that_fails_leaves_the_commit_that_met_it_to_be_sent_again(monkey
 
 
 def test_steps_that_are_due_do_not_change_how_the_next_batch_is_added_up():
-    host = new_host(stage_bytes=16384, batch_tokens=100)
+    host = new_host(stage_bytes=60_000, batch_tokens=100)
     ids = [stage(host, n, 0) for n in range(7)]
     small = stage(host, 20, 0, trainer="b", step=0)
     _, closed = host.begin_commit(CommitCall(trainer="a", step=0, tokens=100, calls=tuple(ids)))

@@ -27,8 +27,8 @@ ExtraT = TypeVar("ExtraT")
 AnswerT = TypeVar("AnswerT")
 
 ENTRY_OVERHEAD_BYTES = 6 * 1024
-"""Counted for every call beside its payload, so that a flood of one-row calls is bounded too: a process grows by 3.3 KiB
-for one that is staged, of tensors, dataclasses and dict slots, and by 5.3 KiB once it is committed."""
+"""Counted for every call beside its payload, so that a flood of one-row calls is bounded too: tensors, dataclasses and
+dict slots of one that is staged take 3.3 KiB of a process, and 5.3 once it is committed."""
 SILENT_AFTER_S = 120.0
 """Silence after which what a trainer staged may go when others need the room: several times the longest deadline."""
 FORGET_AFTER_S = 3600.0

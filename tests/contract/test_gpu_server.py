@@ -114,78 +114,41 @@ class BytesAlone:
         assert isinstance(answer, BackwardAnswer)
         return codec.decode_backward_answer(codec.encode_backward_answer(answer, self._matrices), Limits())
 
-    def sums(self) -> list[Tensor]:
-        self.host._voiding.renew()
-        return [grad.clone() for bank in self.host._banks.values() for grad in bank._optimizer.grads]
+    def sums(self, *calls: ForwardCall) -> list[Tensor]:
+        """The gradients of these calls, once they are committed."""
+        ids = tuple(call.call_id for call in calls)
+        answer = self.host.commit(CommitCall(trainer=calls[0].trainer, step=calls[0].step, tokens=1, calls=ids))
+        assert (answer.missing, answer.not_finite) == ((), ())
+        state = self.host.fetch(calls[0].layer, ())
+        return [value for name, value in sorted(state.items()) if ".g_" in name]
 
 
 @pytest.mark.parametrize("encoding", [Encoding.INT8, Encoding.BF16])
-def test_a_repeated_gradient_that_comes_as_bytes_is_answered_and_not_added(encoding: Encoding) -> None:
-    peer, call = BytesAlone(reply_bytes=0), forward_call(encoding=encoding)
-    peer.forward(call)
-    back = backward_call(call, resend=True)
-    first, added = peer.backward(back), peer.sums()
-    again = peer.backward(back)
-    assert (first.repeated, again.repeated) == (False, True)
+def test_a_repeated_gradient_that_comes_as_bytes_is_answered_and_counts_once(encoding: Encoding) -> None:
+    peer, once, call = BytesAlone(), BytesAlone(), forward_call(encoding=encoding)
+    for one in (peer, once):
+        one.forward(call)
+        first = one.backward(backward_call(call, resend=True))
+    again = peer.backward(backward_call(call, resend=True))
     assert_close(again.dx_RD, first.dx_RD)
-    for now, before in zip(peer.sums(), added, strict=True):
-        assert torch.equal(now, before)
+    assert all(torch.equal(*pair) for pair in zip(peer.sums(call), once.sums(call), strict=True))
 
 
 @pytest.mark.parametrize("encoding", [Encoding.INT8, Encoding.BF16])
-def test_a_gradient_that_came_as_bytes_can_be_taken_out_again(encoding: Encoding) -> None:
-    kept, void = (forward_call(encoding=encoding, seed=seed) for seed in (0, 1))
+def test_a_gradient_that_came_as_bytes_counts_if_it_is_named(encoding: Encoding) -> None:
+    kept, unnamed = (forward_call(encoding=encoding, seed=seed) for seed in (0, 1))
     both, one = BytesAlone(), BytesAlone()
-    for peer, calls in ((both, (void, kept)), (one, (kept,))):
+    for peer, calls in ((both, (unnamed, kept)), (one, (kept,))):
         for call in calls:
             peer.forward(call)
             peer.backward(backward_call(call))
-    for entry in both.host._journal._fresh.values():  # rows, of which all can be made, and no message's memory
-        assert not is_promise(entry.grad)
-        assert not is_promise(entry.inputs.x_RD)
-    answer = both.host.commit(CommitCall(trainer=void.trainer, step=void.step, tokens=1, void=(void.call_id,)))
-    assert (answer.voided, answer.void_failed) == (1, 0)
-    assert any(bool(grad.any()) for grad in one.sums())
-    for got, right in zip(both.sums(), one.sums(), strict=True):
-        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
-
-
-def test_an_answer_is_on_its_way_before_the_weights_gradients_are_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer, call, begun = BytesAlone(), forward_call(encoding=Encoding.INT8), list[str]()
-    peer.forward(call)
-    arrival, settle = peer._matrices.arrival, peer.host.settle
-    monkeypatch.setattr(peer._matrices, "arrival", lambda: (begun.append("answer"), arrival())[1])
-    monkeypatch.setattr(peer.host, "settle", lambda: (begun.append("weights"), settle())[1])
-    peer.backward(backward_call(call))
-    assert begun == ["answer", "weights"]
-
-
-@pytest.mark.parametrize("look", ["close", "state", "clear"])
-def test_whoever_looks_at_the_sums_finds_them_whole(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = forward_call(encoding=Encoding.INT8)
-    right, peer = BytesAlone(), BytesAlone()
-    monkeypatch.setattr(peer.host, "settle", lambda: None)
-    for one in (right, peer):
-        one.forward(call)
-        one.backward(backward_call(call))
-    bank = peer.host._banks[call.layer]
-    assert not any(bool(grad.any()) for grad in bank._optimizer.grads)
-    expected = list(right.host._banks[call.layer]._optimizer.grads)
-    assert any(bool(grad.any()) for grad in expected)
-    if look == "close":
-        closed = bank.close(bank.global_batch_tokens)
-        assert closed is not None
-        assert all(torch.equal(*pair) for pair in zip(closed.grads, expected, strict=True))
-    elif look == "state":
-        bank.committed_tokens = 1
-        state = bank.state(with_sums=True)
-        for slot, index in enumerate(bank.indices):
-            assert torch.equal(state[f"{bank.layer}.{index}.g_in"], expected[0][slot].cpu())
-            assert torch.equal(state[f"{bank.layer}.{index}.g_out"], expected[1][slot].cpu())
-    else:
-        bank.clear_grads()
-        bank.settle()
-        assert not any(bool(grad.any()) for grad in bank._optimizer.grads)
+    for staged in both.host._staging._calls.values():  # rows, of which all can be made, and no message's memory
+        assert staged.grad is not None
+        assert not is_promise(staged.grad.grad_RD)
+        assert not is_promise(staged.inputs.x_RD)
+    sums = one.sums(kept)
+    assert any(bool(grad.any()) for grad in sums)
+    assert all(torch.equal(*pair) for pair in zip(both.sums(kept), sums, strict=True))
 
 
 async def test_calls_of_many_sizes_at_once_whole_and_in_pieces_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +160,8 @@ async def test_calls_of_many_sizes_at_once_whole_and_in_pieces_add_up(monkeypatc
             return answer, await client.transport.backward(client.peer, backward_call(call), timeout_s=150)
 
         pairs = await asyncio.gather(*(one(call) for call in calls))
-        await client.transport.commit(client.peer, CommitCall(trainer="t", step=0, tokens=1), timeout_s=150)
+        commit = CommitCall(trainer="t", step=0, tokens=1, calls=tuple(call.call_id for call in calls))
+        assert (await client.transport.commit(client.peer, commit, timeout_s=150)).missing == ()
         state = await client.transport.fetch(client.peer, 1, (), timeout_s=150)
         sums = torch.cat([value.flatten() for name, value in sorted(state.items()) if ".g_" in name])
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs], sums
@@ -228,7 +192,7 @@ async def test_what_is_not_finite_is_refused_and_changes_nothing(encoding: Encod
         code, reason = await refused(client.stub.Backward(stock_backward(back), timeout=60))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert reason.startswith("grad: holds")
-        assert not (await client.transport.backward(client.peer, backward_call(sound), timeout_s=60)).repeated
+        await client.transport.backward(client.peer, backward_call(sound), timeout_s=60)
 
 
 @pytest.mark.parametrize("n_columns", [1, 64, 2**21])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from _dispatch_task import Step, Task
 
-from moe_net.kernels.dispatch import ExpertWeights, moe_ffn
+from moe_net.kernels.dispatch import ExpertWeights, WeightCall, moe_ffn, moe_ffn_weight_grads
 from moe_net.kernels.graphed import GraphedExperts
 
 
@@ -111,7 +111,9 @@ def ours_server(task: Task) -> Step:
 
     The first step has all tokens, for the comparison with the oracle.
     """
-    experts = GraphedExperts(ExpertWeights(task.w_in_EDH, task.w_out_EFD, task.activation))
+    weights = ExpertWeights(task.w_in_EDH, task.w_out_EFD, task.activation)
+    experts = GraphedExperts(weights)
+    sent_ids_TK, sent_gates_TK = task.sent(task.ids_TK), task.sent(task.gates_TK)
     n_tokens = task.x_TD.shape[0]
     counts = [n_tokens, *(n_tokens - n_tokens * missing // 64 for missing in (3, 1, 7, 2, 5, 0, 4, 6))]
     turn = 0
@@ -120,10 +122,11 @@ def ours_server(task: Task) -> Step:
         nonlocal turn
         n = counts[turn % len(counts)]
         turn += 1
-        x_TD, ids_TK, gates_TK = task.x_TD[:n], task.ids_TK[:n], task.gates_TK[:n]
+        x_TD, dy_TD, ids_TK, gates_TK = task.x_TD[:n], task.dy_TD[:n], sent_ids_TK[:n], sent_gates_TK[:n]
         y_TD, saved = experts.forward(x_TD, ids_TK, gates_TK, keep=True)
-        dx_TD, dgates_TK, new = experts.backward(task.dy_TD[:n], x_TD, ids_TK, gates_TK, saved)
-        assert new is not None
+        dx_TD, dgates_TK, work = experts.backward(dy_TD, x_TD, ids_TK, gates_TK, saved, keep=True)
+        assert work is not None
+        new = moe_ffn_weight_grads([WeightCall(dy_TD, x_TD, task.ids_TK[:n], work)], weights)
         return y_TD, dx_TD, dgates_TK, new.w_in_EDH, new.w_out_EFD
 
     return step

@@ -1,5 +1,6 @@
 # pyright: basic
-"""A server's step on the GPU: what it computes, and the same from the bytes of calls to the bytes of answers."""
+"""A server's calls on the GPU: what it computes, and the same from the bytes of calls to the bytes of answers. The
+weights' gradients are made of each call by itself, which is the least that a commit can name."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from moe_net.client import make_banks
 from moe_net.config import RunConfig
 from moe_net.experts.host import ExpertHost
 from moe_net.kernels.device.matrices import OnDevice
+from moe_net.kernels.dispatch import WeightCall, moe_ffn_weight_grads
 from moe_net.kernels.graphed import GraphedExperts
-from moe_net.kernels.types import ExpertWeights, zero_sums
+from moe_net.kernels.promise import landed
+from moe_net.kernels.types import ExpertWeights
 from moe_net.model.config import ModelConfig, RouterConfig
 from moe_net.types import Encoding
 from moe_net.wire import codec
@@ -26,15 +29,18 @@ from moe_peer.server import ExpertServer
 
 
 def dispatch(task: Task) -> Step:
-    """What a server computes for a call of all tokens: gradients are added to fp32 sums."""
+    """What a server computes for a call of all tokens."""
     weights = ExpertWeights(task.w_in_EDH, task.w_out_EFD, task.activation)
-    experts = GraphedExperts(weights, zero_sums(weights))
+    experts = GraphedExperts(weights)
+    args = (task.x_TD, task.sent(task.ids_TK), task.sent(task.gates_TK))
 
     def step() -> tuple[torch.Tensor | None, ...]:
-        y_TD, saved = experts.forward(task.x_TD, task.ids_TK, task.gates_TK, keep=True)
-        dx_TD, dgates_TK, _ = experts.backward(task.dy_TD, task.x_TD, task.ids_TK, task.gates_TK, saved)
+        y_TD, saved = experts.forward(*args, keep=True)
+        dx_TD, dgates_TK, work = experts.backward(task.dy_TD, *args, saved, keep=True)
+        assert work is not None
+        new = moe_ffn_weight_grads([WeightCall(task.dy_TD, task.x_TD, task.ids_TK, work)], weights)
         torch.cuda.current_stream().synchronize()
-        return y_TD, dx_TD, dgates_TK, None, None
+        return y_TD, dx_TD, dgates_TK, *new
 
     return step
 
@@ -43,7 +49,8 @@ def payloads(task: Task) -> Step:
     """The same from int8 rows in pinned memory to int8 rows in pinned memory, as a server reads and writes them."""
     n_rows, width = task.x_TD.shape
     weights = ExpertWeights(task.w_in_EDH, task.w_out_EFD, task.activation)
-    experts = GraphedExperts(weights, zero_sums(weights))
+    experts = GraphedExperts(weights)
+    ids_TK, gates_TK = task.sent(task.ids_TK), task.sent(task.gates_TK)
     matrices = OnDevice(task.x_TD.device, task.x_TD.dtype)
     x_N, dy_N = (
         matrices.write(matrices.ship(rows_TD, Encoding.INT8), Encoding.INT8) for rows_TD in (task.x_TD, task.dy_TD)
@@ -52,15 +59,17 @@ def payloads(task: Task) -> Step:
 
     def step() -> tuple[torch.Tensor | None, ...]:
         x = matrices.land_later(matrices.read(x_N, n_rows, width, Encoding.INT8, "x"), Encoding.INT8)
-        y_TD, saved = experts.forward(x, task.ids_TK, task.gates_TK, keep=True)
+        y_TD, saved = experts.forward(x, ids_TK, gates_TK, keep=True)
         sent = matrices.ship(y_TD, Encoding.INT8)
         matrices.arrival().synchronize()
         matrices.write(sent, Encoding.INT8)
         dy = matrices.land_later(matrices.read(dy_N, n_rows, width, Encoding.INT8, "dy"), Encoding.INT8)
-        dx_TD, dgates_TK, _ = experts.backward(dy, matrices.land(x), task.ids_TK, task.gates_TK, saved)
+        dx_TD, dgates_TK, work = experts.backward(dy, landed(x), ids_TK, gates_TK, saved, keep=True)
+        assert work is not None
         sent = matrices.ship(dx_TD, Encoding.INT8)
         arrival = matrices.arrival()
-        experts.settle()  # the answer does not wait for the weights' gradients; the next step does
+        # The answer does not wait for the weights' gradients; the next step does.
+        moe_ffn_weight_grads([WeightCall(landed(dy), landed(x), task.ids_TK, work)], weights)
         arrival.synchronize()
         matrices.write(sent, Encoding.INT8)
         return y_TD, dx_TD, dgates_TK, None, None
@@ -81,6 +90,13 @@ def _server(task: Task) -> ExpertServer:
     bank._weights.w_out_EFD.copy_(task.w_out_EFD)
     bank._weights_changed()
     return ExpertServer(ExpertHost({bank.layer: bank}), run=run, peer_id="p")
+
+
+def _count(host: ExpertHost, call_id: bytes) -> None:
+    """Make the weights' gradients of a staged call, as the step does whose commit names it, and forget it."""
+    staged = host._staging._calls[call_id]
+    host._banks[staged.facts.layer].gradients([[host._to_count(staged)]])
+    host._staging._drop(call_id)
 
 
 class _Calls:
@@ -112,6 +128,10 @@ class _Calls:
             self._ids.append(np.frombuffer(there, np.uint8)[start : start + 16])
         self._turn = 0
 
+    @property
+    def call_id(self) -> bytes:
+        return self._ids[0].tobytes()
+
     def next(self) -> list[memoryview]:
         self._turn += 1
         for call_id in self._ids:
@@ -121,7 +141,7 @@ class _Calls:
 
 def one_by_one(task: Task) -> Step:
     """All that a server does between a call's bytes and its answer's, on one thread: read and check the message, look
-    the call up, dispatch, remember, write."""
+    the call up, dispatch, stage, write; then its weights' gradients."""
     server = _server(task)
     # Whole batches, which a swarm would cut.
     limits = Limits(max_message_bytes=2**30, max_matrix_bytes=2**31)
@@ -135,6 +155,7 @@ def one_by_one(task: Task) -> Step:
         codec.forward_answer_parts(answer, matrices)
         back = experts.backward_many([codec.decode_backward_call(backward, limits, matrices)]).result()[0]
         codec.backward_answer_parts(back, matrices)
+        _count(server._host, calls.call_id)
         dgates_TK = back.gate_grad_P.view(task.gates_TK.shape).to(device)
         return answer.y_RD.payload.source, back.dx_RD.payload.source, dgates_TK, None, None
 
@@ -151,7 +172,7 @@ class _Context:
 
 def served(task: Task) -> Step:
     """As one peer serves three trainers, without gRPC: its loop, its codec's and its device's thread. A step is the
-    time from one Backward's answer to the next one's."""
+    time from one call's weights' gradients to the next one's."""
     server = _server(task)
     loop = asyncio.new_event_loop()
     answered: asyncio.Queue[None] = asyncio.Queue(3)
@@ -162,6 +183,7 @@ def served(task: Task) -> Step:
             forward, backward = calls.next()
             await server._forward(forward, _Context, write=codec.forward_answer_parts)
             await server._backward(backward, _Context, write=codec.backward_answer_parts)
+            await server._device.run(_count, server._host, calls.call_id)
             await answered.put(None)
 
     owned = (server._device, server._codec, server._batcher)

@@ -13,27 +13,14 @@ import argparse
 import importlib
 import sys
 from statistics import median
-from typing import NamedTuple
 
 import torch
 from _dispatch_contestants import CONTESTANTS
-from _dispatch_task import Step, Task
+from _dispatch_task import MIB, Shape, Step, Task, make_task, time_ms
 
 from moe_net.kernels.dispatch import ExpertWeights
 from moe_net.kernels.reference import moe_ffn_reference
 from moe_net.types import Activation
-
-MIB = 2**20
-
-
-class Shape(NamedTuple):
-    tokens: int
-    d_model: int
-    d_ff: int
-    experts: int
-    choices: int
-    activation: Activation = Activation.SWIGLU
-
 
 SHAPES = {
     "olmoe": Shape(16384, 2048, 1024, 64, 8),
@@ -45,26 +32,6 @@ SHAPES = {
     "server-gelu": Shape(256, 1024, 4096, 16, 2, Activation.GELU),
     "server-swiglu": Shape(256, 1024, 4096, 16, 2),
 }
-
-
-def make_task(shape: Shape, routing: str, seed: int, device: str, dtype: torch.dtype) -> Task:
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, device=device, dtype=dtype)
-
-    t, d, f, e, k, activation = shape
-    popularity_E = torch.ones(e, device=device)
-    if routing == "zipf":
-        popularity_E = 1 / torch.arange(1, e + 1, device=device)
-    # Gumbel top-k: k different experts for every token, drawn by popularity.
-    noise_TE = torch.rand((t, e), generator=generator, device=device).log_().neg_()
-    ids_TK = (popularity_E / noise_TE).topk(k, dim=1).indices
-    gates_TK = torch.rand((t, k), generator=generator, device=device)
-    h = 2 * f if activation is Activation.SWIGLU else f
-    # D contiguous, as the Hopper backend wants it.
-    w_in_EDH = normal(e, h, d).mul_(d**-0.5).transpose(1, 2)
-    return Task(normal(t, d), ids_TK, gates_TK, normal(t, d), w_in_EDH, normal(e, f, d).mul_(f**-0.5), activation)
 
 
 def oracle(task: Task) -> tuple[torch.Tensor, ...]:
@@ -86,17 +53,6 @@ def errors(step: Step, expected: tuple[torch.Tensor, ...]) -> list[float]:
         if value is not None:
             norms.append(((value.float() - right).norm() / right.norm()).item())
     return norms
-
-
-def time_ms(step: Step, n_steps: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(n_steps):
-        step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / n_steps
 
 
 def peak_mib(step: Step) -> float:

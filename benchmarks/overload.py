@@ -65,6 +65,8 @@ class Client:
         self._seen = seen
         self._rows = make_rows(run.model.d_model, run.model.n_experts, number)
         self._step = 0
+        self._done: list[bytes] = []
+        """Calls of this step."""
 
     async def call(self) -> None:
         """A forward, and its backward if that was accepted."""
@@ -78,11 +80,14 @@ class Client:
                 call_id=call_id, trainer=self.name, step=step, layer=layer, grad_RD=self._rows.x_RD,
                 encoding=Encoding.BF16, reply_encoding=Encoding.BF16,
             )  # fmt: skip
-            await self._timed("backward", self._transport.backward(self._peer, backward, timeout_s=DEADLINE_S))
+            work = self._transport.backward(self._peer, backward, timeout_s=DEADLINE_S)
+            if await self._timed("backward", work) and step == self._step:
+                self._done.append(call_id)
 
     async def commit(self) -> None:
+        call = CommitCall(trainer=self.name, step=self._step, tokens=1, calls=tuple(self._done))
         self._step += 1
-        call = CommitCall(trainer=self.name, step=self._step - 1, tokens=1)
+        self._done.clear()
         await self._timed("commit", self._transport.commit(self._peer, call, timeout_s=DEADLINE_S))
 
     async def _timed(self, kind: str, work) -> bool:

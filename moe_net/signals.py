@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import stat
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -17,17 +15,6 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         return (signal.SIGTERM, signal.SIGINT)
     return (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-def leave_closed_terminal() -> None:
-    """Write to /dev/null from now on, where stdout and stderr are a terminal that was closed: to say something must not
-    fail while what matters is saved."""
-    for descriptor in (1, 2):
-        with suppress(OSError):  # not open at all
-            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, descriptor)
-                os.close(nowhere)
 
 
 @contextmanager
@@ -53,7 +40,6 @@ async def until_signalled(work: Coroutine[Any, Any, None]) -> None:
 
     def stop(_: int) -> None:
         nonlocal stopping
-        leave_closed_terminal()
         # A second signal must not cut short the leaving that the first one began.
         if not stopping:
             stopping = True

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 from moe_coordinator.faults import Action, FaultPlan, advance, describe, is_cut, timetable
 from moe_coordinator.proxy import Proxy
+from moe_coordinator.shaping import PERFECT
 from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supervisor
+from moe_net.screen import Lossy
 
 FAULTS_FILE = "faults.jsonl"
 
 
+@asynccontextmanager
+async def open_proxies(plan: FaultPlan, *, n_peers: int) -> AsyncGenerator[Mapping[str, Proxy]]:
+    """By peer's name, those that `plan` needs: they listen, and carry connections until this is left."""
+    async with AsyncExitStack() as stack:
+        proxies: dict[str, Proxy] = {}
+        for index in range(n_peers):
+            name = f"peer-{index}"
+            if plan.needs_proxy(name):
+                up, down = plan.conditions(name, ())
+                proxy = Proxy(seed=plan.seed * 1000 + index, up=up, down=down)
+                proxies[name] = await stack.enter_async_context(proxy)
+        yield proxies
+
+
 class Laboratory:
-    """Open it (`Laboratory.open`) inside the supervisor's context: it starts children, until it is left.
+    """Open it (`Laboratory.open`) inside the supervisor's context: it starts children, until it is left. Its proxies
+    are opened before (`open_proxies`): whom the supervisor stops has the way to others until then.
 
     The swarm tells it of every member it has started (`add`) and of every step of the first trainer (`on_step`).
     """
@@ -29,12 +47,13 @@ class Laboratory:
         self,
         plan: FaultPlan,
         supervisor: Supervisor,
+        proxies: Mapping[str, Proxy],
         note: TextIO | None,
         *,
         say: Callable[[str], None],
         ready_timeout_s: float,
     ) -> None:
-        self.proxies: dict[str, Proxy] = {}
+        self.proxies = proxies
         """By peer's name; peers that nothing ever happens on the way to have none."""
         self.members: dict[str, Child] = {}
         """By name; the latest of those that had it."""
@@ -60,29 +79,35 @@ class Laboratory:
         cls,
         plan: FaultPlan,
         supervisor: Supervisor,
+        proxies: Mapping[str, Proxy],
         out: Path,
         *,
-        n_peers: int,
         say: Callable[[str], None],
         ready_timeout_s: float,
     ) -> AsyncGenerator[Laboratory]:
-        """Proxies listen from here on; faults happen until this is left. They are noted in `out`/faults.jsonl."""
-        async with AsyncExitStack() as stack:
-            (out / FAULTS_FILE).unlink(missing_ok=True)
-            note = stack.enter_context((out / FAULTS_FILE).open("w", buffering=1)) if plan.fault else None
-            lab = cls(plan, supervisor, note, say=say, ready_timeout_s=ready_timeout_s)
-            for index in range(n_peers):
-                name = f"peer-{index}"
-                if plan.needs_proxy(name):
-                    up, down = plan.conditions(name, ())
-                    proxy = Proxy(seed=plan.seed * 1000 + index, up=up, down=down)
-                    lab.proxies[name] = await stack.enter_async_context(proxy)
+        """Faults happen until this is left, which ends those that go on: whoever is stopped then can save what it has
+        learned. They are noted in `out`/faults.jsonl."""
+        path = out / FAULTS_FILE
+        path.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            note = None
+            if plan.fault:
+                note = io.TextIOWrapper(Lossy(path, "w", name=str(path), tell=say), line_buffering=True)
+                stack.enter_context(note)
+            lab = cls(plan, supervisor, proxies, note, say=say, ready_timeout_s=ready_timeout_s)
             lab._watching.add(asyncio.create_task(lab._keep_time()))
-            stack.push_async_callback(lab._leave)
-            yield lab
+            try:
+                yield lab
+            finally:
+                await lab._leave()
 
     async def _leave(self) -> None:
         self._left = True
+        for proxy in self.proxies.values():
+            proxy.shape(PERFECT)
+            proxy.end_cut()
+        for child in self.members.values():
+            child.resume()
         for task in self._watching:
             task.cancel()
         tasks = self._starting | self._watching

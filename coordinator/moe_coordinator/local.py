@@ -25,7 +25,7 @@ from moe_coordinator.config import (
     trainer_threads,
 )
 from moe_coordinator.faults import FaultPlan
-from moe_coordinator.laboratory import Laboratory
+from moe_coordinator.laboratory import Laboratory, open_proxies
 from moe_coordinator.supervisor import Child, ChildError, ChildSpec, Event, Supervisor, describe_exit
 from moe_net.checkpoint_folder import TOKENIZER, trainer_folder
 from moe_net.config import RunConfig
@@ -205,14 +205,20 @@ class LocalSwarm:
             self._say(str(error))
             return 1
         except asyncio.CancelledError:
-            return 128 + asked[0] if asked else 1
+            failed = [(trainer, code) for trainer in self._trainers if (code := await trainer.wait()) > 0]
+            for trainer, code in failed:  # what it has learned is not saved
+                self._say(trainer.report(f"failed with {describe_exit(code)}"))
+            return 128 + asked[0] if asked and not failed else 1
         self._print_summary()
         return 0
 
     async def _train(self, supervisor: Supervisor) -> None:
-        """Start everything, wait for the trainers, stop the rest. ChildError when something failed that must not."""
+        """Start everything, wait for the trainers, stop the rest. ChildError when something failed that must not.
+
+        Left in the reverse order: faults end, trainers stop, then peers, then the coordinator; then proxies close.
+        """
         options = self._options
-        async with supervisor:
+        async with open_proxies(self._faults, n_peers=options.peers) as proxies, supervisor:
             self._say(f"logs in {options.out / 'logs'}")
             note = self._run_config.batch_note(trainers=options.trainers, sequences=options.sequences)
             if note is not None:
@@ -220,8 +226,8 @@ class LocalSwarm:
             async with Laboratory.open(
                 self._faults,
                 supervisor,
+                proxies,
                 options.out,
-                n_peers=options.peers,
                 say=self._say,
                 ready_timeout_s=options.ready_timeout_s,
             ) as self._laboratory:

@@ -24,6 +24,8 @@ from moe_net.discovery.reach import addresses_of, announced_host
 from moe_net.folder import alone_in
 from moe_net.signals import until_signalled
 
+log = logging.getLogger(__name__)
+
 KEEP_MEMBERS_EVERY_S = 5.0
 
 
@@ -68,10 +70,13 @@ async def _serve(options: ServeOptions, run: RunConfig) -> None:
             address = advertised_address(reached_at, listening)
             ready = {"event": "ready", "role": "coordinator", "address": address, "listen": listening}
             print(json.dumps({**ready, "dht": list(discovery.addresses), "run": run.name}), flush=True)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(keep_manifest(discovery, manifest_json, ttl_s=options.manifest_ttl_s))
-                if state is not None:
-                    tasks.create_task(_keep_members(state, discovery))
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(keep_manifest(discovery, manifest_json, ttl_s=options.manifest_ttl_s))
+                    if state is not None:
+                        tasks.create_task(_keep_members(state, discovery))
+            finally:
+                log.info("leaving: the run goes on without a coordinator")
     finally:
         await discovery.close()
 

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Literal
 
 from moe_coordinator import guard
 from moe_net.errors import MoeNetError
+from moe_net.screen import Lossy
 
 GUARD = [sys.executable, "-I", "-S", str(Path(guard.__file__))]
 # A longer line of stdout is no event of ours; it still goes to the log.
@@ -76,7 +77,7 @@ class Child:
     """One running process. Made by `Supervisor.start`."""
 
     def __init__(
-        self, spec: ChildSpec, mark: str, process: asyncio.subprocess.Process, log_path: Path, log: BinaryIO
+        self, spec: ChildSpec, mark: str, process: asyncio.subprocess.Process, log_path: Path, log: Lossy
     ) -> None:
         self.name = spec.name
         self.wave = spec.wave
@@ -264,7 +265,7 @@ class Supervisor:
         self._tasks.add(asyncio.create_task(self._supervise(child, log, stdout[0], stderr and stderr[0])))
         return child
 
-    async def _supervise(self, child: Child, log: BinaryIO, stdout: BinaryIO, stderr: BinaryIO | None) -> None:
+    async def _supervise(self, child: Child, log: Lossy, stdout: BinaryIO, stderr: BinaryIO | None) -> None:
         def kill_when_failed(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and task.exception() is not None:
                 child.kill()  # nobody reads its pipe any more: it would block
@@ -277,13 +278,13 @@ class Supervisor:
         if not pump.cancelled():
             pump.result()
 
-    async def _pump(self, child: Child, log: BinaryIO, stdout: BinaryIO, stderr: BinaryIO | None) -> None:
+    async def _pump(self, child: Child, log: Lossy, stdout: BinaryIO, stderr: BinaryIO | None) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._pump_stdout(child, log, stdout))
             if stderr is not None:
                 tasks.create_task(self._pump_stderr(log, stderr))
 
-    async def _pump_stdout(self, child: Child, log: BinaryIO, pipe: BinaryIO) -> None:
+    async def _pump_stdout(self, child: Child, log: Lossy, pipe: BinaryIO) -> None:
         reader, transport = await _open_pipe(pipe)
         pending, too_long = b"", False
         try:
@@ -299,7 +300,7 @@ class Supervisor:
         finally:
             transport.close()
 
-    async def _pump_stderr(self, log: BinaryIO, pipe: BinaryIO) -> None:
+    async def _pump_stderr(self, log: Lossy, pipe: BinaryIO) -> None:
         reader, transport = await _open_pipe(pipe)
         try:
             while chunk := await reader.read(READ_BYTES):
@@ -320,10 +321,11 @@ class Supervisor:
             child.kill()
 
 
-def _new_log(path: Path) -> BinaryIO:
-    """An empty file in append mode, so that what the child writes and what we write for it do not overlap."""
+def _new_log(path: Path) -> Lossy:
+    """An empty file in append mode, so that what the child writes and what we write for it do not overlap. A disk that
+    is full ends no child."""
     path.unlink(missing_ok=True)
-    return path.open("ab", buffering=0)
+    return Lossy(path, "a", name=str(path), tell=lambda text: print(text, file=sys.stderr))
 
 
 def _pipe(parent_ends: ExitStack, child_ends: ExitStack) -> tuple[BinaryIO, BinaryIO]:

@@ -284,7 +284,7 @@ class ExpertBank:
                     part = BankCall(call.dy_RD[at], call.x_RD[at], call.slots_RK[at], call.gates_RK[at])
                 if not bool((part.slots_RK >= 0).any()):
                     continue
-                part_bytes = pairs_bytes(*part.slots_RK.shape, self.shape)
+                part_bytes = pairs_bytes(part.slots_RK.shape[0], part.slots_RK.shape[1], self.shape)
                 if group and n_bytes + part_bytes > self._at_once_bytes:
                     yield group
                     group, n_bytes = [], 0
@@ -359,11 +359,13 @@ class ExpertBank:
                 batch.grads = None
             self._weights_changed()
 
-    def find_broken(self) -> frozenset[int]:
+    def find_broken(self, slots_RK: Tensor | None = None) -> frozenset[int]:
         """Indices of experts whose weights are not finite, and were so far not known to be broken: from now on no call
-        runs on them."""
-        finite_E = [all(_is_finite(w[slot]) for w in self._weights[:2]) for slot in range(len(self.indices))]
-        found = frozenset(i for i, finite in zip(self.indices, finite_E, strict=True) if not finite) - self.broken
+        runs on them. With `slots_RK` only of those: a row is far cheaper than a look at all weights."""
+        slots = range(len(self.indices)) if slots_RK is None else slots_RK.unique().tolist()
+        looked_at = [slot for slot in slots if slot >= 0]
+        broken = [slot for slot in looked_at if not all(_is_finite(w[slot]) for w in self._weights[:2])]
+        found = frozenset(self.indices[slot] for slot in broken) - self.broken
         if found:
             self._set_broken(self.broken | found)
         return found

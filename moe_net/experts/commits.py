@@ -12,11 +12,11 @@ import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_net.errors import WireError
+from moe_net.errors import UnknownExpertError, WireError
 from moe_net.experts.bank import ExpertBank
 from moe_net.experts.calls import MAX_GRADIENT, BankCall, Batch, Reusable
 from moe_net.experts.staging import Staged, Staging
@@ -36,7 +36,33 @@ class Gradient:
     """See `ExpertBank.backward`."""
 
 
-Book = Staging[RoutedRows, Gradient, Reusable, CommitAnswer]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a commit, for repetitions: a bit for every call, for there may be many trainers, and each may name
+    8192."""
+
+    stepped: bool
+    missing: int
+    """Bit p: of the p-th call that it names."""
+    not_finite: int
+
+    def answer(self, call_ids: Sequence[bytes], committed_tokens: int) -> CommitAnswer:
+        """To the same commit again."""
+        named = list(dict.fromkeys(call_ids))
+        return CommitAnswer(
+            repeated=True,
+            stepped=self.stepped,
+            committed_tokens=committed_tokens,
+            missing=tuple(call_id for p, call_id in enumerate(named) if self.missing >> p & 1),
+            not_finite=tuple(call_id for p, call_id in enumerate(named) if self.not_finite >> p & 1),
+        )
+
+
+def _bits(call_ids: Sequence[bytes], those: Collection[bytes]) -> int:
+    return sum(1 << p for p, call_id in enumerate(dict.fromkeys(call_ids)) if call_id in those)
+
+
+Book = Staging[RoutedRows, Gradient, Reusable, Outcome]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -95,24 +121,31 @@ class Commits:
             raise WireError(
                 f"tokens: {call.tokens}, but the run's global_batch_tokens, of all trainers, is {batch_tokens}"
             )
+        if self.committed_tokens + call.tokens >= batch_tokens:
+            self.make_all_due()  # before anything of this commit counts: what fails there leaves it to be sent again
         taken = self._staging.commit(call.trainer, call.step, call.calls)
         if taken is None:
             before = self._staging.answer_of(call.trainer, call.step)
             if before is not None:
-                return replace(before, repeated=True, committed_tokens=self.committed_tokens), None
+                return before.answer(call.calls, self.committed_tokens), None
             answer = CommitAnswer(repeated=True, stepped=False, committed_tokens=self.committed_tokens)
             return answer, None
         too_large: list[bytes] = []
-        without_expert: list[bytes] = []
+        gone: list[bytes] = []
         for position, (call_id, staged) in enumerate(taken.calls.items()):
             assert staged.grad is not None
             if not float(staged.grad.most) <= MAX_GRADIENT:  # NaN is not either
                 too_large.append(call_id)
                 self._staging.let_go(staged.n_bytes)
                 continue
-            counted = self._to_count(staged)
-            if not bool((counted.slots_RK >= 0).any()):
-                without_expert.append(call_id)
+            try:
+                counted = self._to_count(staged)
+            except UnknownExpertError:
+                counted = None
+            if counted is None or not bool(
+                (counted.slots_RK >= 0).any()
+            ):  # all of its experts broke since its Backward
+                gone.append(call_id)
                 self._staging.let_go(staged.n_bytes)
                 continue
             self._committed[staged.facts.layer][call.trainer, call.step, position] = _Committed(
@@ -129,14 +162,21 @@ class Commits:
             repeated=False,
             stepped=closed is not None,
             committed_tokens=self.committed_tokens,
-            missing=(*taken.missing, *without_expert),
+            missing=(*taken.missing, *gone),
             not_finite=tuple(too_large),
         )
-        self._staging.note_answer(call.trainer, answer)
-        if closed is None and self._staging.held_bytes > self._staging.limit_bytes // 2:
-            for layer in self._banks:
-                self.fold(layer)
+        missing, not_finite = (_bits(call.calls, set(those)) for those in (answer.missing, answer.not_finite))
+        outcome = Outcome(stepped=answer.stepped, missing=missing, not_finite=not_finite)
+        self._staging.note_answer(call.trainer, outcome)
+        if closed is None and self._holds_too_much():
+            self.make_all_due()  # the bytes of a step that is due say nothing of this batch
+            if self._holds_too_much():
+                for layer in self._banks:
+                    self.fold(layer)
         return answer, closed
+
+    def _holds_too_much(self) -> bool:
+        return self._staging.held_bytes > self._staging.limit_bytes // 2
 
     def in_order(self, layer: int) -> list[list[BankCall]]:
         """The layer's calls that count, of each commit, in an order that does not depend on when they came."""
@@ -156,8 +196,8 @@ class Commits:
         """Sums in the place of rows: of a batch larger than what there is room for. What it adds up to depends then on
         which commits came first."""
         self.make_due(layer)
-        commits, held_bytes = self._take_committed(layer)
-        self._banks[layer].fold(commits)
+        self._banks[layer].fold(self.in_order(layer))
+        _, held_bytes = self._take_committed(layer)  # now, for there may be no memory for the sums
         self._staging.let_go(held_bytes)
 
     def _close(self) -> Closed:

@@ -147,7 +147,7 @@ class ExpertHost:
         keep = len(parts) == 1 and calls[parts[0].position].train and h_bytes <= self._staging.limit_bytes
         y_RD, saved = bank.forward(merged.x_RD, merged.slot_RK, merged.gate_RK, keep=keep)
         y_by_part = split(y_RD, [part.facts.n_rows for part in parts])
-        if not _is_finite(y_RD) and self._run_without_broken(bank, parts, calls, answers):
+        if not _is_finite(y_RD) and self._run_without_broken(bank, merged.slot_RK, parts, calls, answers):
             return
         versions = bank.versions
         for part, y in zip(parts, y_by_part, strict=True):
@@ -168,12 +168,13 @@ class ExpertHost:
     def _run_without_broken(
         self,
         bank: ExpertBank,
+        slots_RK: Tensor,
         parts: Sequence[Part],
         calls: Sequence[ForwardCall],
         answers: dict[int, ForwardAnswer | ExpertCallError | WireError],
     ) -> bool:
         """If experts turn out to be broken: the parts again, on the others. Whether that was it."""
-        if not self._note_broken(bank):
+        if not self._note_broken(bank, slots_RK):
             return False
         left: list[Part] = []
         for part in parts:
@@ -185,8 +186,8 @@ class ExpertHost:
             self._run_forward(calls, left, answers)
         return True
 
-    def _note_broken(self, bank: ExpertBank) -> bool:
-        found = bank.find_broken()
+    def _note_broken(self, bank: ExpertBank, slots_RK: Tensor | None = None) -> bool:
+        found = bank.find_broken(slots_RK)
         if found:
             log.error("experts %s of layer %d are not finite: no call runs on them", some(sorted(found)), bank.layer)
         return bool(found)
@@ -224,7 +225,7 @@ class ExpertHost:
             call.grad_RD, merged.x_RD, merged.slot_RK, merged.gate_RK, found.extra
         )
         if dx_RD.device.type == "cpu" and not _is_finite(dx_RD):
-            if self._note_broken(bank):
+            if self._note_broken(bank, merged.slot_RK):
                 return self._run_backward(call)
             raise WireError("grad: what the experts make of these rows is not finite")
         dgate_P = dgate_RK.reshape(-1)

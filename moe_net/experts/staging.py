@@ -14,6 +14,7 @@ A trainer's last committed step is remembered for `FORGET_AFTER_S` at least, so 
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ class _Trainer(Generic[AnswerT]):
     last_committed_step: int = -1
     answer: AnswerT | None = None
     """To the commit of that step."""
-    calls: dict[bytes, None] = field(default_factory=dict[bytes, None])
+    calls: OrderedDict[bytes, None] = field(default_factory=OrderedDict[bytes, None])
+    """Ordered, for both ends of a dict from which much was taken are found slowly."""
     staged_bytes: int = 0
     seen_s: float = 0.0
     """When it last called or committed."""
@@ -110,6 +112,7 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         self._with_extra: OrderedDict[bytes, None] = OrderedDict()  # the oldest first
         self._waiting: OrderedDict[bytes, None] = OrderedDict()  # for their Backward, the oldest first
         self._trainers: OrderedDict[str, _Trainer[AnswerT]] = OrderedDict()  # silent longest first
+        self._with_calls: OrderedDict[str, _Trainer[AnswerT]] = OrderedDict()  # those of them, in the same order
         self._bytes = 0
         self._staged_bytes = 0  # of rows alone
         self.held_bytes = 0
@@ -265,7 +268,7 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         self._bytes += call.n_bytes
         if call.grad is None:
             self._waiting[call_id] = None
-        trainer = self._seen(call.facts.trainer)
+        trainer = self._with_calls[call.facts.trainer] = self._seen(call.facts.trainer)
         trainer.calls[call_id] = None
         if call.grad is not None:
             trainer.staged_bytes += call.row_bytes
@@ -283,8 +286,10 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         if call.grad is not None:
             trainer.staged_bytes -= call.row_bytes
             self._staged_bytes -= call.row_bytes
-        if not trainer.calls and trainer.last_committed_step < 0:  # nothing has to be remembered of it
-            del self._trainers[call.facts.trainer]
+        if not trainer.calls:
+            del self._with_calls[call.facts.trainer]
+            if trainer.last_committed_step < 0:  # nothing has to be remembered of it
+                del self._trainers[call.facts.trainer]
 
     def _lacks(self, n_bytes: int) -> bool:
         return self.n_bytes + n_bytes > self.limit_bytes
@@ -293,10 +298,8 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         """BusyError, unless `n_bytes` more fit; nothing goes for what can never fit beside the trainer's own."""
         if self.held_bytes + self._staged_by(trainer) + n_bytes <= self.limit_bytes:
             self._drop_waiting(n_bytes, but=but)
-            while self._lacks(n_bytes) and (silent := self._silent(but=trainer)) is not None:
-                self._drop(silent)
-            while self._lacks(n_bytes) and self._drop_of_largest(trainer, n_bytes):
-                pass
+            self._drop_silent(n_bytes, but=trainer)
+            self._drop_of_largest(trainer, n_bytes)
         if self._lacks(n_bytes):
             raise BusyError(
                 f"{self.n_bytes / 2**20:.1f} MiB of calls wait for their commits, at most "
@@ -319,22 +322,36 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
                 return
             self._drop(waiting)
 
-    def _silent(self, *, but: str) -> bytes | None:
-        """A call of a trainer that has been silent for long."""
-        for name, trainer in self._trainers.items():
+    def _drop_silent(self, n_bytes: int, *, but: str) -> None:
+        """Calls of trainers that have been silent for long, until `n_bytes` more fit."""
+        if not self._lacks(n_bytes):
+            return
+        for name, trainer in list(self._with_calls.items()):
             if self._now_s - trainer.seen_s < self._silent_after_s:
-                return None
-            if trainer.calls and name != but:
-                return next(iter(trainer.calls))
-        return None
+                return
+            while trainer.calls and name != but:
+                if not self._lacks(n_bytes):
+                    return
+                self._drop(next(iter(trainer.calls)))
 
-    def _drop_of_largest(self, trainer: str, n_bytes: int) -> bool:
-        """Drop a call of the trainer that has staged most, the newest; False when that is who asks, or would be."""
-        name, largest = max(self._trainers.items(), key=lambda item: item[1].staged_bytes, default=("", None))
-        if largest is None or name == trainer or largest.staged_bytes <= self._staged_by(trainer) + n_bytes:
-            return False
-        self._drop(next(reversed(largest.calls)))
-        return True
+    def _drop_of_largest(self, trainer: str, n_bytes: int) -> None:
+        """The newest call of the trainer that has staged most, until `n_bytes` more fit; not where that is who asks, or
+        would be."""
+        if not self._lacks(n_bytes):
+            return
+        own_bytes = n_bytes + self._staged_by(trainer)
+        larger = {
+            name: one for name, one in self._with_calls.items() if name != trainer and one.staged_bytes > own_bytes
+        }
+        heap = [(-one.staged_bytes, name) for name, one in larger.items()]
+        heapq.heapify(heap)
+        while heap and self._lacks(n_bytes):
+            one = larger[heap[0][1]]
+            self._drop(next(reversed(one.calls)))
+            if one.staged_bytes > own_bytes:
+                heapq.heapreplace(heap, (-one.staged_bytes, heap[0][1]))
+            else:
+                heapq.heappop(heap)
 
     def _staged_by(self, trainer: str) -> int:
         known = self._trainers.get(trainer)
@@ -344,6 +361,8 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
         known = self._trainers.setdefault(trainer, _Trainer())
         known.seen_s = self._now_s
         self._trainers.move_to_end(trainer)
+        if known.calls:
+            self._with_calls.move_to_end(trainer)
         return known
 
     def _check_trainer_room(self, trainer: str) -> None:
@@ -356,7 +375,7 @@ class Staging(Generic[InputsT, GradT, ExtraT, AnswerT]):
             )
         for call_id in list(self._trainers[silent].calls):
             self._drop(call_id)
-        self._trainers.pop(silent, None)  # its last call has taken one along that never committed
+        self._trainers.pop(silent, None)  # gone with its last call, if it never committed
 
 
 def _contradiction(call_id: bytes, facts: CallFacts, known: CallFacts) -> WireError:

@@ -263,15 +263,22 @@ def moe_ffn_backward(
 def moe_ffn_weight_grads(
     calls: Sequence[WeightCall], weights: ExpertWeights, *, into: WeightGrads | None = None
 ) -> WeightGrads:
-    """The weights' gradients, summed over the calls in their order: the same bits for the same calls in the same order.
-    All of one backend, and with at least one pair each. fp32, or on a GPU the dtype of the weights. `into`: memory of
-    fp32 that may be used for them; new memory is touched page by page, which takes longer than the products of few
-    rows."""
-    dense = [
-        WeightCall(dy_TD.contiguous(), x_TD.contiguous(), expert_ids_TK.contiguous(), work)
-        for dy_TD, x_TD, expert_ids_TK, work in calls
-    ]
-    return _load(calls[0].work.backend).weight_grads(dense, weights, into=into)
+    """The weights' gradients, summed over the calls in their order, those of one backend after those of another: the
+    same bits for the same calls in the same order. At least one call, and each with at least one pair. fp32, or on a
+    GPU the dtype of the weights. `into`: memory of fp32 that may be used for them; new memory is touched page by page,
+    which takes longer than the products of few rows."""
+    of_backend: dict[str, list[WeightCall]] = {}
+    for dy_TD, x_TD, expert_ids_TK, work in calls:
+        dense = WeightCall(dy_TD.contiguous(), x_TD.contiguous(), expert_ids_TK.contiguous(), work)
+        of_backend.setdefault(work.backend, []).append(dense)
+    # A GPU's few pairs and its many have other backends, each with its own layout of what it keeps: each its products.
+    (name, first), *others = of_backend.items()
+    grads = _load(name).weight_grads(first, weights, into=into)
+    for name, of_one in others:
+        new = _load(name).weight_grads(of_one, weights)
+        dtype = torch.promote_types(grads.w_in_EDH.dtype, torch.float32)
+        grads = WeightGrads(*(one.to(dtype).add_(other) for one, other in zip(grads, new, strict=True)))
+    return grads
 
 
 def _of_backward(

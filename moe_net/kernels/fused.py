@@ -99,10 +99,12 @@ def weight_grads(
 ) -> WeightGrads:
     """As `types.Backend.weight_grads`, in fp32."""
     dy_TD, x_TD, n_choices, routing, a_PF, dh_PH = merge(calls, weights.w_in_EDH.shape[0], sort_pairs)
-    grads = WeightGrads(*(torch.empty_like(w, dtype=torch.float32) for w in (weights.w_in_EDH, weights.w_out_EFD)))
-    products.weights(a_PF, dy_TD, grads.w_out_EFD, routing, n_choices, gather="b")
-    products.weights(x_TD, dh_PH, grads.w_in_EDH, routing, n_choices, gather="a")
-    return grads
+    dw_out_EFD = torch.empty_like(weights.w_out_EFD, dtype=torch.float32)
+    products.weights(a_PF, dy_TD, dw_out_EFD, routing, n_choices, gather="b")
+    del a_PF, dy_TD
+    dw_in_EDH = torch.empty_like(weights.w_in_EDH, dtype=torch.float32)
+    products.weights(x_TD, dh_PH, dw_in_EDH, routing, n_choices, gather="a")
+    return WeightGrads(dw_in_EDH, dw_out_EFD)
 
 
 def backward(

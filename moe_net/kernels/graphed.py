@@ -6,7 +6,8 @@ T tokens of a call, B tokens of its bucket, K experts per token, E experts, D mo
 Token counts change from call to call, and a graph has fixed sizes: counts are rounded up to buckets, the rest is
 padding (expert -1), which no kernel touches. A bucket has one set of buffers that its graphs read and write. A forward
 leaves the pre-activations there; the backward of the same call uses them in place, and only if another forward of the
-bucket comes first they are copied out.
+bucket comes first they are copied out. What a backward leaves for the weights' gradients is copied out at once, without
+the padding.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from moe_net.kernels.dispatch import choose
 from moe_net.kernels.promise import Payload, attach_sent, is_promise, payload_of
 from moe_net.kernels.routing import Routing
-from moe_net.kernels.types import ExpertWeights, Saved, WeightGrads
+from moe_net.kernels.types import ExpertWeights, Saved, Work
 from moe_net.types import Encoding
 from moe_net.wire.compress import payload_bytes
 
@@ -75,12 +75,10 @@ class _Answer:
 class _Bucket:
     """Static inputs and outputs of one (tokens, choices), and the graphs between them."""
 
-    def __init__(
-        self, n_tokens: int, n_choices: int, weights: ExpertWeights, sums: WeightGrads | None, backend: str | None
-    ) -> None:
+    def __init__(self, n_tokens: int, n_choices: int, weights: ExpertWeights, backend: str | None) -> None:
         w_in_EDH = weights.w_in_EDH
         device, d_model = w_in_EDH.device, w_in_EDH.shape[1]
-        self._weights, self._sums = weights, sums
+        self._weights = weights
         self.x_BD = torch.zeros((n_tokens, d_model), dtype=w_in_EDH.dtype, device=device)
         self.dy_BD = torch.zeros_like(self.x_BD)
         self.ids_BK = torch.full((n_tokens, n_choices), -1, dtype=torch.int32, device=device)
@@ -91,23 +89,42 @@ class _Bucket:
         self.forward_graph, forward = _capture(self._forward, device)
         self.y_BD, self.h_PH, self._kept = forward[0], forward[1], forward[1:]
         self.forward_graph()  # capturing it wrote nothing, and the backward reads where each expert's pairs end
-        # Padding alone adds nothing to the sums, also while a graph is made.
-        self.rows_graph, self.weights_graph, backward = _capture_in_two(self._backward, device)
-        self.dx_BD, self.dgates_BK = backward[:2]
-        self.new = WeightGrads(backward[2], backward[3]) if sums is None else None
+        self.rows_graph, backward = _capture(self._rows, device)
+        self.dx_BD, self.dgates_BK, self._routing_N, self._a_PF, self._dh_PH = backward
 
     def _forward(self) -> list[Tensor]:
         y_BD, saved = self._backend.forward(self.x_BD, self.ids_BK, self.gates_BK, self._weights, keep=True)
         assert saved is not None
         return [y_BD, saved.h_PH, *saved.routing.tensors()]
 
-    def _backward(self, early: Callable[[], None] | None, *, adding: bool) -> list[Tensor]:
+    def _rows(self) -> list[Tensor]:
         saved = Saved(self._backend.NAME, Routing(*self._kept[1:]), (self.h_PH,), static=True)
-        dx_BD, dgates_BK, new = self._backend.backward(
-            self.dy_BD, self.x_BD, self.ids_BK, self.gates_BK, self._weights, saved,
-            sums=self._sums if adding else None, fresh=self._sums is None and adding, early=early,
-        )  # fmt: skip
-        return [dx_BD, dgates_BK, *(new or ())]
+        dx_BD, dgates_BK, work = self._backend.backward_rows(
+            self.dy_BD, self.x_BD, self.ids_BK, self.gates_BK, self._weights, saved
+        )
+        assert dx_BD is not None
+        pair_P, row_P, place_P, end_E, bound_B = self._kept[1:]
+        # In one piece, for one launch to copy; each part begins at a multiple of 16 bytes.
+        parts = (pair_P, row_P, place_P, bound_B, bound_B.new_zeros(-bound_B.numel() % 4), end_E)
+        return [dx_BD, dgates_BK, torch.cat([part.int() for part in parts]), *work.a, *work.dh]
+
+    def work(self, ids_TK: Tensor) -> Work:
+        """What the last backward, of a call with these experts, left for the weights' gradients: copies of its own
+        pairs. They come before the padding, and their tokens before those that the bucket has beyond the call's."""
+        n_experts, ids = self._weights.w_in_EDH.shape[0], ids_TK.cpu().numpy()
+        # One row at least, whosever it is: not every product takes none.
+        n_pairs = max(1, int(((ids >= 0) & (ids < n_experts)).sum()))
+        most, own = self.ids_BK.numel(), ids.size
+        bounds = (n_experts + 1, -(n_experts + 1) % 4, n_experts)
+        sizes = (n_pairs, most - n_pairs, n_pairs, most - n_pairs, own, most - own, *bounds)
+        pair_P, _, row_P, _, place_P, _, bound_B, _, end_E = self._routing_N.clone().split(sizes)
+        return Work(
+            backend=self._backend.NAME,
+            routing=Routing(pair_P, row_P, place_P, end_E, bound_B),
+            gate_P1=None,
+            a=(self._a_PF[:n_pairs].clone(),),
+            dh=(self._dh_PH[:n_pairs].clone(),),
+        )
 
     def load(self, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, owner: _Kept | None) -> None:
         """Put a call's inputs into the buffers; whoever still needs what is there gets a copy of it."""
@@ -255,51 +272,6 @@ def _capture(fn: Callable[[], list[Tensor]], device: torch.device) -> tuple[Call
     return graph.replay, outputs
 
 
-class _Backward(Protocol):
-    """Calls `early` when all of the first two outputs was begun. Not `adding`: these alone."""
-
-    def __call__(self, early: Callable[[], None] | None, *, adding: bool) -> list[Tensor]: ...
-
-
-def _capture_in_two(fn: _Backward, device: torch.device) -> tuple[Callable[[], None], Callable[[], None], list[Tensor]]:
-    """As `_capture`, in two graphs: one makes the first two outputs, the other one what comes after `early`."""
-    if device.type != "cuda":
-        outputs = fn(None, adding=True)
-
-        def first() -> None:
-            for output, value in zip(outputs[:2], fn(None, adding=False), strict=True):
-                output.copy_(value)
-
-        def rest() -> None:
-            for output, value in zip(outputs[2:], fn(None, adding=True)[2:], strict=True):
-                output.copy_(value)
-
-        return first, rest, outputs
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    graphs = [torch.cuda.CUDAGraph()]
-
-    def early() -> None:
-        graphs[-1].capture_end()
-        graphs.append(torch.cuda.CUDAGraph())
-        # What the first one left is in its memory.
-        graphs[-1].capture_begin(pool=graphs[0].pool(), capture_error_mode="thread_local")
-
-    with _no_collection(), torch.cuda.stream(side):
-        fn(lambda: None, adding=True)  # Triton compiles at the first launch
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        graphs[0].capture_begin(capture_error_mode="thread_local")
-        try:
-            outputs = fn(early, adding=True)
-        finally:
-            if torch.cuda.is_current_stream_capturing():
-                graphs[-1].capture_end()
-    torch.cuda.current_stream(device).wait_stream(side)
-    first_graph, rest_graph = graphs
-    return first_graph.replay, rest_graph.replay, outputs
-
-
 def _capture_small(fn: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """As `_capture`, of what takes no memory: without the collections and the wait that `torch.cuda.graph` begins
     with, for a call waits."""
@@ -323,15 +295,13 @@ def _capture_small(fn: Callable[[], None], device: torch.device) -> Callable[[],
 class GraphedExperts:
     """Forward and backward of calls of up to 2048 tokens on fixed weights; not for more than one thread or stream.
 
-    Weights may change in place between calls; a `Saved` is then the caller's to drop. `sums` as in
-    `types.Backend.backward`; without them every backward overwrites `new_grads`.
+    Weights may change in place between calls; a `Saved` is then the caller's to drop.
     """
 
-    def __init__(self, weights: ExpertWeights, sums: WeightGrads | None = None, *, backend: str | None = None) -> None:
-        self._weights, self._sums, self._name = weights, sums, backend
+    def __init__(self, weights: ExpertWeights, *, backend: str | None = None) -> None:
+        self._weights, self._name = weights, backend
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         """The one used last at the end."""
-        self._due: Callable[[], None] | None = None
 
     def takes(self, x_TD: Tensor, expert_ids_TK: Tensor) -> bool:
         """Whether a call of this size and dtype goes through a graph."""
@@ -351,21 +321,14 @@ class GraphedExperts:
             if len(self._buckets) >= MAX_BUCKETS:
                 # Calls that it was kept for hold it for as long as they may come back: without its bytes.
                 self._buckets.pop(next(iter(self._buckets))).drop_wires()
-            bucket = _Bucket(size, n_choices, self._weights, self._sums, self._name)
+            bucket = _Bucket(size, n_choices, self._weights, self._name)
         self._buckets[size, n_choices] = bucket
         return bucket
-
-    def settle(self) -> None:
-        """Add what the last backward left to be added. To be called before anybody looks at the sums."""
-        if self._due is not None:
-            self._due()
-            self._due = None  # not before: what failed is still to be done
 
     def forward(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, *, keep: bool
     ) -> tuple[Tensor, Saved | None]:
         """As `types.Backend.forward`, of a call that `takes`."""
-        self.settle()
         bucket = self._bucket(expert_ids_TK)
         kept = _Kept(bucket) if keep else None
         bucket.load(x_TD, expert_ids_TK, gates_TK, kept)
@@ -376,14 +339,17 @@ class GraphedExperts:
         return y_TD, Saved(NAME, kept, (bucket.h_PH,), static=True) if keep else None
 
     def backward(
-        self, dy_TD: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, saved: Saved | None
-    ) -> tuple[Tensor, Tensor, WeightGrads | None]:
-        """As `types.Backend.backward`; the new gradients are overwritten by the next backward.
-
-        Of rows that came as bytes the weights' gradients are left to `settle`, so that the answer need not wait for
-        them: on its way, and with its caller, it takes as long as they do.
-        """
-        self.settle()
+        self,
+        dy_TD: Tensor,
+        x_TD: Tensor,
+        expert_ids_TK: Tensor,
+        gates_TK: Tensor,
+        saved: Saved | None,
+        *,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Work | None]:
+        """(dx [T, D], dgates [T, K], with `keep` what `dispatch.moe_ffn_weight_grads` needs). Ids on the device make
+        `keep` wait for them: how many pairs there are decides how much is kept."""
         bucket = self._bucket(expert_ids_TK)
         kept = saved.routing if saved is not None and isinstance(saved.routing, _Kept) else None
         if kept is None or kept.bucket is not bucket:
@@ -394,15 +360,12 @@ class GraphedExperts:
             bucket.restore(kept)
         n_tokens = dy_TD.shape[0]
         bucket.take_in(dy_TD, bucket.dy_BD)
-        # All room is taken while the bytes travel, and before anything is to be added: then nothing may fail.
+        # All room is taken while the bytes travel.
         answer, dgates_TK = bucket.answer(dy_TD, bucket.dx_BD), torch.empty_like(bucket.dgates_BK[:n_tokens])
-        rows_TD = torch.empty_like(answer.rows_TD) if is_promise(dy_TD) else None
         bucket.rows_graph()
         dx_TD = answer.fill()
         dgates_TK.copy_(_filled(bucket.dgates_BK, n_tokens), non_blocking=True)
-        if rows_TD is not None:  # the promise has landed, before the next call's rows take their place
-            payload_of(dy_TD).rows = rows_TD.copy_(_filled(bucket.dy_BD, n_tokens), non_blocking=True)
-        self._due = bucket.weights_graph  # last: of a call that has failed nothing is added
-        if rows_TD is None:
-            self.settle()
-        return dx_TD, dgates_TK.to(gates_TK.dtype), bucket.new
+        if is_promise(dy_TD):  # it has landed, before the next call's rows take their place
+            payload_of(dy_TD).rows = _filled(bucket.dy_BD, n_tokens).clone()
+        work = bucket.work(expert_ids_TK) if keep else None
+        return dx_TD, dgates_TK.to(gates_TK.dtype), work

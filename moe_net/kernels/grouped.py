@@ -95,7 +95,8 @@ def backward_rows(
     """As `types.Backend.backward_rows`; where the gate enters is explained in `loop.backward_rows`."""
     if expert_ids_TK.numel() == 0:
         return no_rows(x_TD, gates_TK, NAME)
-    routing, dh_PH, a_PF, _, dgates_TK = _down(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved)
+    routing, dh_PH, a_PF, dy_PD, dgates_TK = _down(dy_TD, x_TD, expert_ids_TK, gates_TK, weights, saved)
+    del dy_PD  # as large as dx's rows
     dx_TD = None
     if rows:
         dx_PD = F.grouped_mm(dh_PH, weights.w_in_EDH.transpose(1, 2), offs=routing.end_E)

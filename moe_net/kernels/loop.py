@@ -15,6 +15,7 @@ Where the time goes beside the products, and what is done about it:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,6 +90,12 @@ def _gather(x_TD: Tensor, row_n: Tensor, scratch_nD: Tensor) -> Tensor:
     return scratch_nD
 
 
+def _aligned(n: int, d_hidden: int) -> int:
+    """Rows after which the next ones begin at a cache line: elsewhere MKL's products may have other bits."""
+    step = 16 // math.gcd(16, d_hidden)
+    return -(-n // step) * step
+
+
 def forward(
     x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, *, keep: bool
 ) -> tuple[Tensor, Saved | None]:
@@ -101,7 +108,8 @@ def forward(
     y_QD = x_TD.new_empty(routing.pair_P.numel() + 1, d_model)
     rows_nD, a_nF = x_TD.new_empty(largest, d_model), x_TD.new_empty(largest, d_ff)
     # Small ones side by side: in pieces they would lie among what is freed, and count for less than they take.
-    n_small = sum(end - first for (_, first, end), is_fast in zip(routing.blocks, fast, strict=True) if not is_fast)
+    small = (end - first for (_, first, end), is_fast in zip(routing.blocks, fast, strict=True) if not is_fast)
+    n_small = sum(_aligned(n, d_hidden) for n in small)
     small_PH = x_TD.new_empty(n_small if keep else min(n_small, largest), d_hidden)
     large: list[Tensor] = []
     gated = weights.activation is Activation.SWIGLU
@@ -114,7 +122,7 @@ def forward(
             large.append(h)
         else:
             h = torch.mm(x, weights.w_in_EDH[expert], out=small_PH[place : place + n])
-            place += n if keep else 0
+            place += _aligned(n, d_hidden) if keep else 0
         if gated:
             _aten.silu.out(h[:, :d_ff], out=a)
             a.mul_(h[:, d_ff:])
@@ -174,7 +182,7 @@ def backward_rows(
             h = large.pop(0)
         else:
             h = small_PH[place : place + n]
-            place += n
+            place += _aligned(n, d_hidden)
         dy = _gather(dy_TD, row, rows_nD[:n])
         if is_fast:
             da = product(dy, w_out_DF)

@@ -20,7 +20,8 @@ from moe_net.kernels.types import WeightCall
 class Routing:
     """The pairs of a call, sorted by expert. Padding has no place.
 
-    Entries past the last pair are somebody's all the same: what gathers by all P stays inside.
+    There may be fewer places than T * K (`graphed`). Entries past the last pair are somebody's all the same: what
+    gathers by all P stays inside.
     """
 
     pair_P: Tensor

@@ -134,6 +134,8 @@ class Commits:
                 continue
             if answer.error.failure is CallFailure.REFUSED:
                 self._ledger.heard(peer.peer_id, owed)  # It would be refused again for ever.
+                nothing = CommitAnswer(repeated=False, stepped=False, committed_tokens=0, missing=owed.commit.calls)
+                self._note_lost(peer, owed, nothing)
             outlook.blame(peer, CallKind.COMMIT, 1, answer)
             left_s = deadline_s - self._caller.now_s()
             busy_s = self._caller.now_s() - began_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from moe_net.errors import MoeNetError
 from moe_net.garbage import tune_collector
 from moe_net.preflight import must_read_file
 from moe_net.rpc.poller import choose_poller
+from moe_net.screen import lossy_screen
 from moe_peer.config import HealthConfig, ServeConfig, TokenizerConfig, TrainConfig
 from moe_peer.preflight import check_serve, check_tokenizer, check_train
 
@@ -28,34 +30,36 @@ COMMANDS: dict[str, type[Any]] = {
 def run_command(arguments: list[str] | None = None) -> int:
     """The command of `arguments` (None: the process's own); its exit code: 0 after a clean stop, 1 when the swarm
     refused or a member is not well, 2 for a user's mistake."""
-    try:
-        config = read_command_line(sys.argv[1:] if arguments is None else arguments)
-        # Imported here, so that --help and a mistake start neither torch nor grpc nor an event loop.
-        if isinstance(config, TokenizerConfig):
-            check_tokenizer(config)
-            from moe_peer.tokenizer import run_tokenizer
+    with ExitStack() as stack:
+        try:
+            config = read_command_line(sys.argv[1:] if arguments is None else arguments)
+            # Imported here, so that --help and a mistake start neither torch nor grpc nor an event loop.
+            if isinstance(config, TokenizerConfig):
+                check_tokenizer(config)
+                from moe_peer.tokenizer import run_tokenizer
 
-            return run_tokenizer(config)
-        if isinstance(config, HealthConfig):
-            from moe_peer.health import run_health
+                return run_tokenizer(config)
+            if isinstance(config, HealthConfig):
+                from moe_peer.health import run_health
 
-            return run_health(config)
-        if isinstance(config, ServeConfig):
-            check_serve(config)
+                return run_health(config)
+            stack.enter_context(lossy_screen())  # from here on it works for hours, and not for what it says
+            if isinstance(config, ServeConfig):
+                check_serve(config)
+                choose_poller()
+                from moe_peer.serve import run_serve
+
+                tune_collector()
+                return run_serve(config)
+            check_train(config)
             choose_poller()
-            from moe_peer.serve import run_serve
+            from moe_peer.train import run_train
 
             tune_collector()
-            return run_serve(config)
-        check_train(config)
-        choose_poller()
-        from moe_peer.train import run_train
-
-        tune_collector()
-        return run_train(config)
-    except (ValueError, OSError, MoeNetError) as error:
-        print(f"moe-peer: {error}", file=sys.stderr)
-        return 1 if isinstance(error, MoeNetError) else 2
+            return run_train(config)
+        except (ValueError, OSError, MoeNetError) as error:
+            print(f"moe-peer: {error}", file=sys.stderr)
+            return 1 if isinstance(error, MoeNetError) else 2
 
 
 def read_command_line(arguments: list[str]) -> ServeConfig | TrainConfig | TokenizerConfig | HealthConfig:

@@ -58,16 +58,12 @@ class LandedCalls:
             alone = len(calls) == 1
             answers = self._host.backward_many([self._landed_backward(call, alone=alone) for call in calls])
             shipped = [self._shipped_backward(a) if isinstance(a, BackwardAnswer) else a for a in answers]
-            arrival = self._matrices.arrival()
-            # What no answer waits for comes behind them all.
-            self._host.settle()
-            return _OnTheirWay(calls, shipped, arrival)
+            return _OnTheirWay(calls, shipped, self._matrices.arrival())
 
     @contextmanager
     def _waiting_if_it_fails(self) -> Generator[None]:
         with ExitStack() as stack:
             stack.callback(lambda: self._matrices.arrival().synchronize())
-            stack.callback(self._host.settle)
             yield
             stack.pop_all()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_net.config import RunConfig
 from moe_net.experts.bank import memory_bytes
-from moe_net.kernels.memory import dispatch_bytes
+from moe_net.kernels.memory import Rows, dispatch_bytes, weight_grads_bytes
 from moe_net.machine import available_memory_bytes
 from moe_peer.device import first_line
 
@@ -57,15 +57,14 @@ def check_device(device: str) -> None:
 
 
 def memory_of_experts(device: str, run: RunConfig, *, max_batch_rows: int) -> tuple[int, int]:
-    """(bytes available where the experts shall be, bytes of one). On a GPU the largest dispatch is taken off."""
+    """(bytes available where the experts shall be, bytes of one). On a GPU what the largest call takes is taken off:
+    its dispatch, or its part in the weights' gradients."""
     shape, model = run.model.expert_shape, run.model
     if torch.device(device).type == "cpu":
         return available_memory_bytes(), memory_bytes(1, shape)
     free, _ = torch.cuda.mem_get_info(device)
-    largest = dispatch_bytes(
-        max_batch_rows, model.router.experts_per_token, model.n_experts, shape,
-        item_bytes=2, backend="grouped", fresh=False, early=True,
-    )  # fmt: skip
+    rows = Rows(max_batch_rows, model.router.experts_per_token, model.n_experts, shape, item_bytes=2, backend="grouped")
+    largest = max(dispatch_bytes(rows), weight_grads_bytes(rows, merged=True))
     return max(0, free - largest), memory_bytes(1, shape, compute_bytes=2)
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from moe_net.model.remote_moe import Runner
-from moe_net.signals import leave_closed_terminal, stop_signals
+from moe_net.signals import stop_signals
 
 ResultT = TypeVar("ResultT")
 
@@ -79,7 +79,6 @@ class Stop:
         self._in_step = False
 
     def __call__(self, number: int, frame: object) -> None:
-        leave_closed_terminal()
         first, self.asked = not self.asked, True
         if not self._begun if first else number == signal.SIGINT:
             self.exit_code = 128 + number if number == signal.SIGINT else 0

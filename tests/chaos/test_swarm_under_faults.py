@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from moe_coordinator.config import to_toml
+from programs import on_screen
+
+from moe_coordinator.config import newest_checkpoint, to_toml
 from moe_net.config import RunConfig
 from moe_net.model.config import ModelConfig
 from moe_net.optim import OptimizerConfig
+from moe_peer.checkpoint import read_meta, saved_versions
 from moe_peer.metrics import Event, StepMetrics, read_metrics
 
 SEQUENCES, SEQ_LEN, STEPS = 4, 32, 30
@@ -83,6 +88,25 @@ async def test_training_ends_well_with_one_peer_suspended_another_killed_and_a_t
     first, again = (ready(out / "logs" / f"coordinator{suffix}.log") for suffix in ("", ".1"))
     assert first == again, "the same address, ports and key of the DHT"
     assert f"coordinator serves again at {first['address']}".encode() in stderr
+
+
+async def test_a_fault_that_goes_on_when_the_swarm_is_stopped_does_not_keep_it_from_saving(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(to_toml(RUN))
+    (tmp_path / "faults.toml").write_text('[[fault]]\nat_step = 3\ntarget = "peer-0"\nwhat = "stop"\n')
+    out = tmp_path / "out"
+    argv = (
+        *(sys.executable, "-m", "moe_coordinator.cli", "local", "--config", tmp_path / "run.toml", "--out", out),
+        *("--faults", tmp_path / "faults.toml", "--peers", 1, "--sequences", SEQUENCES, "--max-data-mib", 1),
+    )
+    with tempfile.TemporaryDirectory(prefix="moe-") as tmp:
+        async with on_screen("pipe", [*map(str, argv)], tmp=Path(tmp)) as swarm:
+            await swarm.until(lambda: (out / "faults.jsonl").exists() and "began" in (out / "faults.jsonl").read_text())
+            swarm.signal(signal.SIGTERM)
+            assert await swarm.ended(within_s=30.0) == 128 + signal.SIGTERM, swarm.screen
+    checkpoint = newest_checkpoint(out)
+    made = sum(isinstance(r, StepMetrics) for r in read_metrics(out / "trainer-0" / "metrics.jsonl"))
+    assert read_meta(checkpoint).step == made
+    assert saved_versions(checkpoint) == dict.fromkeys(RUN.model.expert_ids, made)
 
 
 def ready(log: Path) -> Any:

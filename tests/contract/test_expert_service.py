@@ -24,6 +24,7 @@ from expert_calls import (
     Gated,
     backward_call,
     begun,
+    commit_of,
     forward_call,
     new_host,
     refused,
@@ -70,9 +71,15 @@ async def test_a_stock_protobuf_client_gets_the_answers_that_ours_gets(encoding:
         gradient = await stock.stub.Backward(stock_backward(back), timeout=10)
         assert torch.equal(values(gradient.dx_data, gradient.dx), result.dx_RD)
         assert list(gradient.gate_grad) == result.gate_grad_P.tolist()
-        commit = await ours.transport.commit(ours.peer, CommitCall(trainer="t", step=0, tokens=100), timeout_s=10)
-        done = await stock.stub.Commit(expert_pb2.CommitRequest(trainer="t", step=0, tokens=100), timeout=10)
+        unknown = b"u" * 16
+        request = expert_pb2.CommitRequest(trainer="t", step=0, tokens=100, call_id=[call.call_id, unknown])
+        commit = await ours.transport.commit(ours.peer, commit_of(call, unknown), timeout_s=10)
+        done = await stock.stub.Commit(request, timeout=10)
         assert commit.stepped is done.stepped is True
+        assert commit.missing == tuple(done.missing_call_id) == (unknown,)
+        for layer in (0, 1):
+            states = [await client.transport.fetch(client.peer, layer, (), timeout_s=10) for client in (ours, stock)]
+            assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
         infos = [await client.stub.Info(expert_pb2.InfoRequest(), timeout=10) for client in (ours, stock)]
         assert infos[0] == infos[1]
 
@@ -104,7 +111,7 @@ async def test_a_retried_backward_is_acknowledged_and_counted_once() -> None:
         first = await client.transport.backward(client.peer, backward_call(call), timeout_s=10)
         again = await client.transport.backward(client.peer, backward_call(call), timeout_s=10)
         resent = await client.transport.backward(client.peer, backward_call(call, resend=True), timeout_s=10)
-        commit = CommitCall(trainer=call.trainer, step=call.step, tokens=1, calls=(call.call_id,))
+        commit = commit_of(call, tokens=1)
         assert (await client.transport.commit(client.peer, commit, timeout_s=10)).missing == ()
     assert torch.equal(first.dx_RD, again.dx_RD)
     assert torch.equal(first.dx_RD, resent.dx_RD)
@@ -247,7 +254,7 @@ async def learn(client: Client) -> None:
     call = forward_call()
     await client.transport.forward(client.peer, call, timeout_s=10)
     await client.transport.backward(client.peer, backward_call(call), timeout_s=10)
-    await client.transport.commit(client.peer, CommitCall(trainer="t", step=0, tokens=100), timeout_s=10)
+    await client.transport.commit(client.peer, commit_of(call), timeout_s=10)
 
 
 async def test_one_that_leaves_waits_for_the_trainer_that_saves_what_it_has_learned() -> None:

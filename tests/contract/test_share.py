@@ -46,14 +46,21 @@ class Pair:
     steps: int = field(default=0)
 
     async def step(self, *which: int) -> None:
-        """Each of these servers has a gradient of its own, and hears of the commit."""
-        for i in which:
-            assert isinstance(
-                self.hosts[i].backward_many([gradient(self.steps, 10 * self.steps + i)])[0], BackwardAnswer
-            )
-        call = CommitCall(trainer="t", step=self.steps, tokens=RUN.global_batch_tokens)
-        await asyncio.gather(*(self.transport.commit(self.peers[i], call, timeout_s=30) for i in which))
+        """Each of these servers has a gradient of its own, and hears of the commit that names it."""
+        calls = {i: gradient(self.steps, 10 * self.steps + i) for i in which}
+        for i, call in calls.items():
+            assert isinstance(self.hosts[i].backward_many([call])[0], BackwardAnswer)
+        await asyncio.gather(
+            *(self.transport.commit(self.peers[i], commit_of(call), timeout_s=30) for i, call in calls.items())
+        )
         self.steps += 1
+
+
+def commit_of(*calls: BackwardCall) -> CommitCall:
+    """The one that ends their step."""
+    return CommitCall(
+        trainer="t", step=calls[0].step, tokens=RUN.global_batch_tokens, calls=tuple(call.call_id for call in calls)
+    )
 
 
 def gradient(step: int, seed: int) -> BackwardCall:
@@ -99,9 +106,10 @@ async def test_two_that_get_half_of_the_rows_each_stay_equal_to_the_bit_and_clos
     one = ExpertHost(make_banks(RUN, RUN.model.expert_ids, origin=9))
     async with pair() as p:
         for step in range(5):
-            for i in range(2):
-                one.backward_many([gradient(step, 10 * step + i)])
-            one.commit(CommitCall(trainer="t", step=step, tokens=RUN.global_batch_tokens))
+            calls = [gradient(step, 10 * step + i) for i in range(2)]
+            for call in calls:
+                one.backward_many([call])
+            one.commit(commit_of(*calls))
             await p.step(0, 1)
         a, b = map(everything, p.hosts)
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

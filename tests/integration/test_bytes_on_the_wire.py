@@ -11,8 +11,11 @@ from moe_net.types import Encoding
 from moe_net.wire.compress import payload_bytes
 
 # Message fields that are neither rows nor pairs: ids, sizes, versions, timings, tags, alignment. Measured: 50 bytes
-# sent and 28 received per call. A call has some 19 rows, so 4 bytes more per row or pair one way do not fit in.
-OVERHEAD_BYTES_PER_CALL = 72
+# sent and 28 received per call. A call has some 19 rows, so neither 4 bytes more per row or pair one way fit in, nor a
+# commit that names each call twice.
+OVERHEAD_BYTES_PER_CALL = 56
+NAME_BYTES = 18
+"""Of a call in the commit that counts it: its id of 16 bytes, and two of protobuf."""
 
 
 @pytest.mark.parametrize("expert_width", [None, 6])
@@ -30,9 +33,11 @@ def test_a_step_moves_one_row_per_token_and_server_each_way_and_eight_bytes_per_
     stats = link.swarm.stats
     row = payload_bytes(1, expert_width or run.model.d_model, Encoding.parse(wire))
     # Forward: x, a count per row, (expert, gate) per pair; the reply: y. Backward: g; the reply: dx, a gate gradient.
-    expected_sent = stats.rows * (row + 4) + stats.routed_pairs * 8 + stats.rows * row
+    # Commit: the name of each call.
+    named = 3 * len(run.model.moe_layers)
+    expected_sent = stats.rows * (row + 4) + stats.routed_pairs * 8 + stats.rows * row + named * NAME_BYTES
     expected_received = stats.rows * row + stats.rows * row + stats.routed_pairs * 4
-    assert calls == stats.calls == 2 * 3 * len(run.model.moe_layers) + 3
+    assert calls == stats.calls == 2 * named + 3
     assert 0 <= sent - expected_sent <= OVERHEAD_BYTES_PER_CALL * calls
     assert 0 <= received - expected_received <= OVERHEAD_BYTES_PER_CALL * calls
     # The point of one call per server: fewer rows than pairs, since a server gets a token once for all its experts.

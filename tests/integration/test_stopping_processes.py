@@ -7,18 +7,15 @@ when members stand still.
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from processes import READY_S, RUN, peer_spec, start_coordinator, trainer_spec
 
-from moe_coordinator.supervisor import Child, ChildSpec, Supervisor
+from moe_coordinator.supervisor import Child, Supervisor
 from moe_peer.checkpoint import newest_checkpoint, read_meta, saved_versions
 from moe_peer.metrics import Event, StepMetrics, read_metrics
 
@@ -26,12 +23,12 @@ LEAVE_S = 10.0
 FOR_EVER = 100_000
 
 
-async def stop(*children: Child, number: signal.Signals = signal.SIGTERM) -> None:
+async def stop(*children: Child) -> None:
     """All at the same moment; each of them leaves in time and well."""
 
     async def leave(child: Child) -> float:
         began_s = time.monotonic()
-        os.kill(child.pid, number)
+        child.terminate()
         code = await child.wait()
         assert code == 0, child.report(f"ended with {code}")
         return time.monotonic() - began_s
@@ -105,17 +102,6 @@ async def swarm(folder: Path, *settings: object, steps: int = FOR_EVER) -> Async
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-async def test_who_uses_others_goes_first(tmp_path: Path, number: signal.Signals) -> None:
-    async with swarm(tmp_path) as s:
-        await s.step(13)
-        await stop(s.trainer, number=number)
-        s.check_saved()
-        assert f"stopping: saving step {s.steps_made()}" in s.trainer.log_path.read_text()
-        await stop(*s.peers, number=number)
-        await stop(s.coordinator, number=number)
-
-
 async def test_all_go_at_the_same_moment_and_the_experts_are_saved(tmp_path: Path) -> None:
     async with swarm(tmp_path, "--checkpoint-every", 0) as s:
         await s.step(13)
@@ -168,49 +154,6 @@ async def test_the_sample_comes_last_and_is_given_up(tmp_path: Path) -> None:
         await stop(s.trainer)
         s.check_saved()
         assert s.trainer.last["done"]["val_nats_per_byte"] > 0
-
-
-@asynccontextmanager
-async def on_a_terminal(spec: ChildSpec) -> AsyncIterator[tuple[asyncio.subprocess.Process, bytearray]]:
-    """The command on a terminal of its own, and what it writes there; the terminal is closed at the end of the block,
-    and the process well and gone after it."""
-    ours, its = os.openpty()
-    process = await asyncio.create_subprocess_exec(
-        *("setsid", "--ctty"), *spec.argv, stdin=its, stdout=its, stderr=its, env={**os.environ, "TERM": "xterm"}
-    )
-    os.close(its)
-    written = bytearray()
-    asyncio.get_running_loop().add_reader(ours, lambda: written.extend(os.read(ours, 1 << 16)))
-    try:
-        yield process, written
-    finally:
-        asyncio.get_running_loop().remove_reader(ours)
-        os.close(ours)
-        try:
-            async with asyncio.timeout(LEAVE_S):
-                assert await process.wait() == 0, written.decode()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-
-
-async def test_a_peer_and_a_trainer_whose_terminals_are_closed_stop_as_they_should(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    metrics = out / "metrics.jsonl"
-    async with Supervisor(tmp_path / "logs") as supervisor, asyncio.timeout(2 * READY_S):
-        _, join = await start_coordinator(supervisor, tmp_path)
-        async with on_a_terminal(peer_spec("peer", join)) as (_, said):
-            while b'"ready"' not in said:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-            async with on_a_terminal(trainer_spec(join, out, FOR_EVER)):
-                while not (metrics.exists() and metrics.read_text().count('"step_s"') > 3):  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-    made = 1 + max(r.step for r in read_metrics(metrics) if isinstance(r, StepMetrics))
-    checkpoint = newest_checkpoint(out / "checkpoints")
-    assert read_meta(checkpoint).step == made
-    assert set(saved_versions(checkpoint).values()) == {made}
-    assert (out / "loss.png").exists()
 
 
 async def test_a_trainer_that_waits_for_peers_leaves_at_once(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from moe_net.proto.v1 import expert_pb2, expert_pb2_grpc, tensor_pb2
 from moe_net.rpc.grpc_client import GrpcTransport
 from moe_net.types import Encoding, PeerInfo
 from moe_net.wire import compress
-from moe_net.wire.messages import BackwardCall, ForwardCall, RoutedRows
+from moe_net.wire.messages import BackwardCall, CommitCall, ForwardCall, RoutedRows
 from moe_peer.server import ExpertServer
 
 NUMBERS = itertools.count()
@@ -92,6 +92,11 @@ def backward_call(of: ForwardCall, *, resend: bool = False) -> BackwardCall:
         call_id=of.call_id, trainer=of.trainer, step=of.step, layer=of.layer, grad_RD=grad,
         rows=of.rows if resend else None, encoding=of.encoding, reply_encoding=of.reply_encoding,
     )  # fmt: skip
+
+
+def commit_of(of: ForwardCall, *others: bytes, tokens: int = RUN.global_batch_tokens) -> CommitCall:
+    """Of the call's step: it counts, and so shall `others`."""
+    return CommitCall(trainer=of.trainer, step=of.step, tokens=tokens, calls=(of.call_id, *others))
 
 
 def matrix(x_RD: torch.Tensor, encoding: Encoding) -> tensor_pb2.Matrix:

@@ -21,7 +21,7 @@ def rounded_banks(run: RunConfig, experts: Sequence[ExpertId], *, graphed: bool 
     banks = make_banks(run, experts, device=DEVICE, compute_dtype=torch.bfloat16)
     if graphed and DEVICE == "cpu":
         for bank in banks.values():
-            bank._graphed = GraphedExperts(bank._compute, bank._optimizer.grads, backend="triton")
+            bank._graphed = GraphedExperts(bank._compute, backend="triton")
     return banks
 
 

@@ -65,7 +65,7 @@ def _gemm_dgated(
 
 def _gemm(
     a: Tensor, b: Tensor, out: Tensor, *, cu_seqlens_m: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    A_idx: Tensor | None = None, concat_layout: tuple[str, ...] | None = None, add_to_output: bool = False, **_: Any,
+    A_idx: Tensor | None = None, concat_layout: tuple[str, ...] | None = None, **options: Any,
 ) -> None:  # fmt: skip
     if cu_seqlens_m is not None:  # rows: [P, n] @ [E, n, m]
         for expert, rows in _experts(cu_seqlens_m):
@@ -74,10 +74,10 @@ def _gemm(
         return
     assert cu_seqlens_k is not None
     assert A_idx is not None
+    assert not options["add_to_output"]
     for expert, rows in _experts(cu_seqlens_k):  # weights: [n, P] @ [P, m] of each expert
         b_Pm = _one_after_the_other(b[rows]) if concat_layout == ("out",) else b[rows]
-        new = a[:, A_idx[rows].long()] @ b_Pm
-        out[expert] = out[expert] + new if add_to_output else new
+        out[expert] = a[:, A_idx[rows].long()] @ b_Pm
 
 
 class _Tuned:

@@ -200,7 +200,8 @@ def test_saved_counts_its_bytes() -> None:
     _, x, slots, gates = make_rows(0)
     _, saved = bank.forward(x, slots, gates, keep=True)
     assert saved is not None
-    assert saved.nbytes == int((slots >= 0).sum()) * SHAPE.d_hidden * 4
+    needed = int((slots >= 0).sum()) * SHAPE.d_hidden * 4
+    assert needed <= saved.nbytes <= 1.5 * needed, "what it is filled up with counts as well"
     assert bank.forward(x, slots, gates, keep=False)[1] is None
 
 

@@ -94,6 +94,22 @@ async def test_the_handlers_of_before_are_back_when_the_work_is_over(number: sig
         signal.signal(number, before)
 
 
+async def test_a_closed_terminal_changes_nothing_for_one_that_nohup_has_started() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    steps: list[str] = []
+
+    async def work() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.01)  # a handler would be called by now
+        steps.append("worked")
+
+    try:
+        await until_signalled(work())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert steps == ["worked"]
+
+
 async def test_an_error_of_the_work_is_raised() -> None:
     async def work() -> None:
         raise ValueError("wrong")

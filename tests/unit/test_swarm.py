@@ -415,3 +415,14 @@ async def test_tokens_are_shared_out_among_replicas_when_asked_for() -> None:
         assert {one.peer.peer_id for one in result.answered} == {"p0", "p1"}
     assert swarm.stats.rows == 3 * X_TD.shape[0], "a token's row goes to one of them only"
     assert [peer for _, peer, _ in transport.log] != ["p0", "p1"] * 3, "they take turns with the first tokens"
+
+
+async def test_the_gradients_of_a_commit_that_is_refused_are_lost_and_counted() -> None:
+    swarm, transport, _, _ = swarm_of(1)
+    result = await forward(swarm)
+    await swarm.backward(result.answered, torch.ones_like(X_TD), IDS_TK.numel())
+    transport.fault = lambda method, peer: CallFailure.REFUSED if method == "commit" else None
+    await swarm.commit(0, 64)
+    assert swarm.stats.lost_gradient_pairs == IDS_TK.numel()
+    assert ("gradient_gone", "left_out") in transport.happened()
+    await swarm.close()

@@ -49,7 +49,8 @@ async def load(run: RunConfig, address: str, experts: tuple[ExpertId, ...], seco
     counts: Counter[str] = Counter()
     end_s = time.monotonic() + seconds
 
-    async def there_and_back(transport: GrpcTransport, trainer: str, step: int, layer: int) -> None:
+    async def there_and_back(transport: GrpcTransport, trainer: str, step: int, layer: int) -> bytes | None:
+        """The id of a call that the step's commit may name."""
         rows, call_id, encoding = rows_of[layer], secrets.token_bytes(16), Encoding.BF16
         forward = ForwardCall(
             call_id=call_id, trainer=trainer, step=step, layer=layer, rows=rows, encoding=encoding,
@@ -62,10 +63,12 @@ async def load(run: RunConfig, address: str, experts: tuple[ExpertId, ...], seco
         try:
             await transport.forward(peer, forward, timeout_s=TIMEOUT_S)
             await transport.backward(peer, backward, timeout_s=TIMEOUT_S)
-            counts["answered"] += 1
         except CallError as error:
             # A peer with more than it can do says so: that is no fault.
             counts[error.failure.value] += 1
+            return None
+        counts["answered"] += 1
+        return call_id
 
     async def trainer(name: str) -> None:
         transport = GrpcTransport(run=run.name, shape=run.model.expert_shape)
@@ -73,9 +76,11 @@ async def load(run: RunConfig, address: str, experts: tuple[ExpertId, ...], seco
             step = 0
             while time.monotonic() < end_s:
                 layers = [layer for layer in of_layer for _ in range(CALLS_AT_ONCE)]
-                await asyncio.gather(*(there_and_back(transport, name, step, layer) for layer in layers))
-                await transport.commit(peer, CommitCall(trainer=name, step=step, tokens=ROWS), timeout_s=TIMEOUT_S)
+                ids = await asyncio.gather(*(there_and_back(transport, name, step, layer) for layer in layers))
+                commit = CommitCall(trainer=name, step=step, tokens=ROWS, calls=tuple(filter(None, ids)))
+                answer = await transport.commit(peer, commit, timeout_s=TIMEOUT_S)
                 counts["committed"] += 1
+                counts["gone"] += len(answer.missing)
                 step += 1
         finally:
             await transport.close()

@@ -35,7 +35,7 @@ def _spread(x_ptr, place_ptr, out_ptr, n_tokens, width, CHOICES: tl.constexpr, B
 def spread(x_TD: Tensor, routing: Routing, n_choices: int) -> Tensor:
     """[P, D], the row of each sorted pair. Reads every token once: a gather by pair would read it K times."""
     n_tokens, width = x_TD.shape
-    out_PD = torch.empty((n_tokens * n_choices, width), dtype=x_TD.dtype, device=x_TD.device)
+    out_PD = torch.empty((routing.row_P.numel(), width), dtype=x_TD.dtype, device=x_TD.device)
     block = min(2048, power_of_2(width))
     _spread[(n_tokens,)](x_TD, routing.place_P, out_PD, n_tokens, width, n_choices, block, num_warps=4)
     return out_PD

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_net.errors import UnknownExpertError, WireError
+from moe_net.errors import WireError
 from moe_net.experts.bank import ExpertBank
 from moe_net.experts.calls import MAX_GRADIENT, BankCall, Batch, Reusable
 from moe_net.experts.staging import Staged, Staging
@@ -138,13 +138,8 @@ class Commits:
                 too_large.append(call_id)
                 self._staging.let_go(staged.n_bytes)
                 continue
-            try:
-                counted = self._to_count(staged)
-            except UnknownExpertError:
-                counted = None
-            if counted is None or not bool(
-                (counted.slots_RK >= 0).any()
-            ):  # all of its experts broke since its Backward
+            counted = self._to_count(staged)
+            if not bool((counted.slots_RK >= 0).any()):  # all of its experts broke since its Backward
                 gone.append(call_id)
                 self._staging.let_go(staged.n_bytes)
                 continue

@@ -36,7 +36,7 @@ KernelT = TypeVar("KernelT", Saved, Work)
 
 
 def memory_bytes(n_experts: int, shape: ExpertShape, *, compute_bytes: int = 0) -> int:
-    """What a bank keeps for `n_experts`: weights, gradient sums and two moments, 16 bytes a parameter, and copies of
+    """What a bank takes for `n_experts`: weights, a step's gradients, two moments, 16 bytes a parameter, and copies of
     the weights of `compute_bytes` a parameter (2 on a GPU).
 
     Kept inputs and scratch of the calls in flight (`kernels.memory`) come on top, and while replicas make a step

@@ -118,6 +118,7 @@ async def test_a_retried_backward_is_acknowledged_and_counted_once() -> None:
     once = new_host()
     once.backward_many([backward_call(call, resend=True)])
     once.commit(commit)
+    assert any(value.any() for name, value in once.fetch(1, ()).items() if name.endswith("g_in"))
     assert all(torch.equal(host.fetch(1, ())[name], value) for name, value in once.fetch(1, ()).items())
 
 

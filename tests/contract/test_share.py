@@ -113,6 +113,9 @@ async def test_two_that_get_half_of_the_rows_each_stay_equal_to_the_bit_and_clos
             await p.step(0, 1)
         a, b = map(everything, p.hosts)
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(value.any() for name, value in one.fetch(1, (), with_sums=False).items() if name.endswith("m_in")), (
+            "all have learned"
+        )
         for name, value in one.fetch(1, (), with_sums=False).items():
             if not name.endswith("lineage"):
                 torch.testing.assert_close(p.hosts[0].fetch(1, ())[name], value, rtol=1e-4, atol=1e-6)
